@@ -1,0 +1,80 @@
+"""Files appear whole or not at all: every artefact of this project is written through `publish`."""
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+READ_BLOCK = 1 << 20  # bytes
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: file, line, what is wrong, what to do next. Exit code 2."""
+
+
+@contextmanager
+def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; on success flush, fsync and rename it there, on any error remove it.
+
+    Raises UserError when the folder cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    temporary = Path(name)
+    try:
+        encoding = None if "b" in mode else "utf-8"
+        with os.fdopen(descriptor, mode, encoding=encoding, newline=None if encoding is None else "\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(folder: Path, error: OSError) -> Exception:
+    """The error to raise for a folder that refuses files: the user's to mend, unless the disk itself failed."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        reason = os.strerror(error.errno).lower()
+        return UserError(f"{folder}: cannot write here ({reason}); mount it writable or name another folder")
+    return error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError now rather than after hours of work, if `folder` cannot take files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,322 @@
+"""Items, pairs and predictions: the only file that knows JSON keys and attribute syntax.
+
+A line of a user's file becomes an `Item` or a `Pair` here, checked once; an error names file and line.
+"""
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from tongkuan.files import UserError
+
+AttributeStyle = Literal["quoted", "published"]
+
+# The ten most frequent keys of the competition's items (arXiv 2208.11064, section on data).
+TEN_KEYS = ("颜色分类", "货号", "型号", "品牌", "尺寸", "口味", "品名", "批准文号", "系列", "尺码")
+# The judges take at most this many numbers an embedding.
+MAX_EMBEDDING = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A listing. Every text may be empty; `attributes` are the raw item-level and SKU-level strings."""
+
+    item_id: str
+    title: str = ""
+    item_attributes: str = ""
+    sku_attributes: str = ""
+    image_name: str = ""
+    industry: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two item ids and, when known, whether they are the same product (1) or not (0)."""
+
+    left: str
+    right: str
+    label: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One line of result.jsonl: embeddings float64 (D,), the pair is "same" when its score > threshold."""
+
+    left: str
+    left_embedding: NDArray[np.float64]
+    right: str
+    right_embedding: NDArray[np.float64]
+    threshold: float
+
+
+def item_file(data_dir: Path, split: str) -> Path:
+    """Where a split's items lie."""
+    return data_dir / f"item_{split}_info.jsonl"
+
+
+def pair_file(data_dir: Path, split: str) -> Path:
+    """Where a split's pairs lie."""
+    return data_dir / f"item_{split}_pair.jsonl"
+
+
+def read_rows(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, JSON object) of a jsonl file; blank lines and a BOM are passed over.
+
+    Raises UserError for a missing file (ending in `advice`), a line that is not JSON, or not an object.
+    """
+    try:
+        file = path.open("rb")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file; {advice}") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: not readable; check its permissions") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not text.strip():
+                continue
+            try:
+                row = orjson.loads(text)
+            except orjson.JSONDecodeError as error:
+                detail = str(error).split(": line")[0]
+                raise UserError(f"{path}:{number}: not a JSON line ({detail}); mend or delete the line") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, found {clip(row)}; mend or delete the line")
+            yield number, row
+
+
+def read_items(path: Path, advice: str = "run ./entrypoint.sh resize, or ./entrypoint.sh demo") -> dict[str, Item]:
+    """Items of an info file by id, in file order. A repeated id must repeat the same item."""
+    items: dict[str, Item] = {}
+    for number, row in read_rows(path, advice):
+        item = parse_item(row, f"{path}:{number}")
+        if items.setdefault(item.item_id, item) != item:
+            raise UserError(
+                f"{path}:{number}: item {clip(item.item_id)} stands here twice with different content; keep one line"
+            )
+    return items
+
+
+def parse_item(row: Mapping[str, Any], where: str) -> Item:
+    """An Item from one JSON object; any key but `item_id` may be missing, null or empty."""
+    item_id = text_field(row, "item_id", where)
+    if not item_id:
+        raise UserError(f"{where}: no item_id; every item needs one")
+    return Item(
+        item_id=item_id,
+        title=text_field(row, "title", where),
+        item_attributes=text_field(row, "item_pvs", where),
+        sku_attributes=text_field(row, "sku_pvs", where),
+        image_name=text_field(row, "item_image_name", where),
+        industry=text_field(row, "industry_name", where),
+        category=text_field(row, "cate_name_path", where) or text_field(row, "cate_name", where),
+    )
+
+
+def text_field(row: Mapping[str, Any], key: str, where: str) -> str:
+    """A text value; numbers are taken as their digits, null as empty."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise UserError(f"{where}: {key} must be a text, found {clip(value)}; put it in quotation marks")
+
+
+def read_pairs(
+    path: Path,
+    items: Mapping[str, Item] | None = None,
+    labels: Literal["required", "optional"] = "required",
+    items_path: Path | None = None,
+    advice: str = "run ./entrypoint.sh split, or ./entrypoint.sh demo",
+) -> list[Pair]:
+    """Pairs in file order. With `items`, an id that is not among them is an error; an empty file always is."""
+    pairs = []
+    for number, row in read_rows(path, advice):
+        where = f"{path}:{number}"
+        pair = Pair(
+            text_field(row, "src_item_id", where), text_field(row, "tgt_item_id", where), parse_label(row, where)
+        )
+        if not pair.left or not pair.right:
+            raise UserError(f"{where}: a pair needs src_item_id and tgt_item_id; mend or delete the line")
+        if pair.label is None and labels == "required":
+            raise UserError(f"{where}: no item_label; use pairs with labels 0 or 1 here")
+        for item_id in (pair.left, pair.right):
+            if items is not None and item_id not in items:
+                place = items_path.name if items_path else "the info file"
+                raise UserError(
+                    f"{where}: unknown item {clip(item_id)}{nearest(item_id, items)}; add it to {place} or drop the pair"
+                )
+        pairs.append(pair)
+    if not pairs:
+        raise UserError(f"{path}: no pairs; it needs one line a pair with src_item_id and tgt_item_id")
+    return pairs
+
+
+def parse_label(row: Mapping[str, Any], where: str) -> int | None:
+    """0, 1, or None when the line has no label."""
+    value = row.get("item_label")
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or str(value) not in ("0", "1"):
+        raise UserError(f"{where}: item_label must be 0 or 1, found {clip(value)}; mend or delete the line")
+    return int(value)
+
+
+def info_row(row: Mapping[str, Any], image_name: str) -> bytes:
+    """An organiser's item line with its picture's name replaced."""
+    return orjson.dumps({**row, "item_image_name": image_name}) + b"\n"
+
+
+def pair_row(pair: Pair) -> bytes:
+    """A pair line in the organiser's format."""
+    label = {} if pair.label is None else {"item_label": str(pair.label)}
+    return orjson.dumps({"src_item_id": pair.left, "tgt_item_id": pair.right, **label}) + b"\n"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` when something known is close, else nothing. Looks at no more than 20,000 names."""
+    candidates = [name for _, name in zip(range(20_000), known, strict=False)] if len(word) <= 100 else []
+    matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.75)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def clip(value: object, limit: int = 60) -> str:
+    """A user's value for an error line: quoted, on one line, not longer than `limit`."""
+    if isinstance(value, str | bytes):
+        value = value[: limit + 1]
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attributes and text
+
+
+def normalise(text: str) -> str:
+    """NFKC, lower case, white space runs to one blank."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def parse_attributes(text: str, style: AttributeStyle = "quoted") -> dict[str, list[str]]:
+    """Attribute values by key, keys and distinct values in first-seen order, all normalised.
+
+    quoted: split first, normalise after, so `:` `;` and their full-width forms inside a value survive.
+    published: as the paper's code did: drop `#`, NFKC, lower case, then split on `;` and the first `:`.
+    """
+    attributes: dict[str, list[str]] = {}
+    if style == "published":
+        segments = [segment.partition(":") for segment in clean_as_published(text).split(";")]
+    else:
+        segments = [split_key(segment) for segment in split_segments(text)]
+    for raw_key, separator, raw_value in segments:
+        key, value = normalise(raw_key), normalise(raw_value)
+        if separator and key and value:
+            values = attributes.setdefault(key, [])
+            if value not in values:
+                values.append(value)
+    return attributes
+
+
+def clean_as_published(text: str) -> str:
+    """The paper's cleaning, done once: drop `#`, NFKC, lower case."""
+    return unicodedata.normalize("NFKC", text.replace("#", "")).lower()
+
+
+def split_segments(text: str) -> list[str]:
+    """`key…value` segments. The strict separator wins when present; a loose `;` counts only before a new `key:`."""
+    if "#;#" in text:
+        return text.split("#;#")
+    segments: list[str] = []
+    for part in re.split(r"#?;", text):
+        if segments and ":" not in part:
+            segments[-1] += ";" + part  # a semicolon inside a value, not a separator
+        else:
+            segments.append(part)
+    return segments
+
+
+def split_key(segment: str) -> tuple[str, str, str]:
+    """(key, separator, value) at the strictest separator that the segment holds."""
+    for separator in ("#:#", "#:", ":"):
+        if separator in segment:
+            return segment.partition(separator)
+    return segment, "", ""
+
+
+def item_text(item: Item, keys: Sequence[str] = TEN_KEYS, style: AttributeStyle = "quoted") -> str:
+    """Title, then the values of `keys`, non-empty parts joined by `;`; several values of a key joined by `,`."""
+    title = clean_as_published(item.title) if style == "published" else normalise(item.title)
+    attributes = parse_attributes(item.item_attributes, style)
+    for key, values in parse_attributes(item.sku_attributes, style).items():
+        known = attributes.setdefault(key, [])
+        known.extend(value for value in values if value not in known)
+    parts = [title, *(",".join(attributes.get(normalise(key), [])) for key in keys)]
+    return ";".join(part for part in parts if part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judges' result file
+
+
+def format_embedding(embedding: NDArray[np.float32]) -> str:
+    """A JSON list with the fewest digits that restore each float32."""
+    return orjson.dumps(np.ascontiguousarray(embedding), option=orjson.OPT_SERIALIZE_NUMPY).decode()
+
+
+def prediction_row(left: str, left_text: str, right: str, right_text: str, threshold: float) -> bytes:
+    """One line of result.jsonl from two formatted embeddings."""
+    row = {
+        "src_item_id": left,
+        "src_item_emb": left_text,
+        "tgt_item_id": right,
+        "tgt_item_emb": right_text,
+        "threshold": threshold,
+    }
+    return orjson.dumps(row) + b"\n"
+
+
+def read_predictions(path: Path) -> Iterator[tuple[str, Prediction]]:
+    """Yield (file:line, Prediction) of a result file, each line checked against the judges' contract."""
+    for number, row in read_rows(path, "run ./entrypoint.sh predict"):
+        where = f"{path}:{number}"
+        threshold = row.get("threshold")
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+            raise UserError(f"{where}: threshold must be a number, found {clip(threshold)}; predict again")
+        left, right = (text_field(row, key, where) for key in ("src_item_id", "tgt_item_id"))
+        yield (
+            where,
+            Prediction(
+                left,
+                parse_embedding(row.get("src_item_emb"), f"{where}: src_item_emb"),
+                right,
+                parse_embedding(row.get("tgt_item_emb"), f"{where}: tgt_item_emb"),
+                float(threshold),
+            ),
+        )
+
+
+def parse_embedding(text: object, where: str) -> NDArray[np.float64]:
+    """float64 (D,) of a string that holds a JSON list of 1 to 1,024 finite numbers."""
+    if not isinstance(text, str):
+        raise UserError(f"{where} must be a string holding a JSON list, found {clip(text)}; predict again")
+    try:
+        numbers = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{where} is not a JSON list; predict again") from error
+    if not isinstance(numbers, list) or not 1 <= len(numbers) <= MAX_EMBEDDING:
+        raise UserError(f"{where} must hold 1 to {MAX_EMBEDDING} numbers; predict again")
+    if not all(type(number) in (int, float) for number in numbers):
+        raise UserError(f"{where} holds something that is not a number; predict again")
+    return np.array(numbers, dtype=np.float64)
