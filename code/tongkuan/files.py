@@ -28,10 +28,11 @@ def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
         raise unwritable(path.parent, error) from error
+    os.close(descriptor)
     temporary = Path(name)
     try:
         encoding = None if "b" in mode else "utf-8"
-        with os.fdopen(descriptor, mode, encoding=encoding, newline=None if encoding is None else "\n") as file:
+        with temporary.open(mode, encoding=encoding, newline=None if encoding is None else "\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -155,9 +155,8 @@ def read_pairs(
         for item_id in (pair.left, pair.right):
             if items is not None and item_id not in items:
                 place = items_path.name if items_path else "the info file"
-                raise UserError(
-                    f"{where}: unknown item {clip(item_id)}{nearest(item_id, items)}; add it to {place} or drop the pair"
-                )
+                hint = nearest(item_id, items)
+                raise UserError(f"{where}: unknown item {clip(item_id)}{hint}; add it to {place} or drop the pair")
         pairs.append(pair)
     if not pairs:
         raise UserError(f"{path}: no pairs; it needs one line a pair with src_item_id and tgt_item_id")
@@ -188,7 +187,7 @@ def pair_row(pair: Pair) -> bytes:
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` when something known is close, else nothing. Looks at no more than 20,000 names."""
     candidates = [name for _, name in zip(range(20_000), known, strict=False)] if len(word) <= 100 else []
-    matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.75)
+    matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
@@ -236,7 +235,7 @@ def clean_as_published(text: str) -> str:
 
 def split_segments(text: str) -> list[str]:
     """`key…value` segments. The strict separator wins when present; a loose `;` counts only before a new `key:`."""
-    if "#;#" in text:
+    if "#;#" in text or text.count("#:#") == 1:
         return text.split("#;#")
     segments: list[str] = []
     for part in re.split(r"#?;", text):

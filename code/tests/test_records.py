@@ -1,0 +1,261 @@
+"""Records: attributes survive any punctuation, errors name file and line, numbers come back as they went."""
+
+import json
+import math
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tongkuan.files import UserError
+from tongkuan.records import (
+    TEN_KEYS,
+    Item,
+    Pair,
+    format_embedding,
+    info_row,
+    item_text,
+    normalise,
+    pair_row,
+    parse_attributes,
+    parse_embedding,
+    prediction_row,
+    read_items,
+    read_pairs,
+    read_predictions,
+)
+
+# Without `#`, which is the strict writing's own sign; with everything that looser writings split at.
+TEXTS = st.text(st.sampled_from(":;：；,，|=/ .-1aZ红色ＡΩé") | st.characters(exclude_characters="#", codec="utf-8"))
+KEYS = st.text(st.sampled_from("abc颜色货号 型"), min_size=1).filter(lambda key: bool(normalise(key)))
+PAIRS = st.lists(st.tuples(KEYS, TEXTS.filter(lambda value: bool(normalise(value)))), min_size=2, max_size=8)
+
+
+def strict(pairs: list[tuple[str, str]]) -> str:
+    return "#;#".join(f"{key}#:#{value}" for key, value in pairs)
+
+
+def expected(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
+    values: dict[str, dict[str, None]] = {}
+    for key, value in pairs:
+        values.setdefault(normalise(key), {})[normalise(value)] = None
+    return {key: list(distinct) for key, distinct in values.items()}
+
+
+@given(PAIRS)
+def test_the_strict_writing_comes_back_whatever_the_values_hold(pairs: list[tuple[str, str]]) -> None:
+    assert parse_attributes(strict(pairs)) == expected(pairs)
+    assert list(parse_attributes(strict(pairs))) == list(expected(pairs)), "first-seen order"
+
+
+def test_a_single_strict_attribute_comes_back_too() -> None:
+    assert parse_attributes("尺寸#:#长;宽:10") == {"尺寸": ["长;宽:10"]}
+
+
+@given(st.text() | st.text(st.sampled_from("#:;：；＃ ab")))
+def test_any_text_is_parsed_without_an_error(text: str) -> None:
+    for style in ("quoted", "published"):
+        for key, values in parse_attributes(text, style).items():
+            assert key and all(values) and len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted", "published"),
+    [
+        ("品牌#:#Nike#;#货号#:#A-1", {"品牌": ["nike"], "货号": ["a-1"]}, {"品牌": ["nike"], "货号": ["a-1"]}),
+        ("品牌:Nike;货号:A-1", {"品牌": ["nike"], "货号": ["a-1"]}, {"品牌": ["nike"], "货号": ["a-1"]}),
+        ("品牌#:Nike;货号#:A-1", {"品牌": ["nike"], "货号": ["a-1"]}, {"品牌": ["nike"], "货号": ["a-1"]}),
+        ("a#:#1；2#;#b#:#3：4", {"a": ["1;2"], "b": ["3:4"]}, {"a": ["1"], "b": ["3:4"]}),
+        ("a#:#x#;#a#:#y#;#a#:#x", {"a": ["x", "y"]}, {"a": ["x", "y"]}),
+        ("a#:#Ｎｏ　１#;#b#:#", {"a": ["no 1"]}, {"a": ["no 1"]}),
+        ("", {}, {}),
+        ("no separator", {}, {}),
+        ("#;#:#:#", {}, {}),
+    ],
+)
+def test_both_styles(text: str, quoted: dict[str, list[str]], published: dict[str, list[str]]) -> None:
+    assert parse_attributes(text, "quoted") == quoted
+    assert parse_attributes(text, "published") == published
+
+
+def test_the_text_of_an_item_is_title_then_the_ten_keys_in_their_order() -> None:
+    item = Item(
+        "1", "ＡＢ  Shoe", "货号#:#X1#;#产地#:#杭州#;#颜色分类#:#红", "颜色分类#:#蓝#;#颜色分类#:#红#;#尺码#:#42"
+    )
+    assert item_text(item) == "ab shoe;红,蓝;x1;42"
+    assert item_text(Item("1")) == ""
+    assert item_text(Item("1", "", "品牌#:#N")) == "n"
+    assert item_text(item, ("产地",)) == "ab shoe;杭州"
+
+
+@given(st.text(), st.lists(st.tuples(st.sampled_from(TEN_KEYS), TEXTS), max_size=5))
+def test_cleaning_an_items_text_again_changes_nothing(title: str, pairs: list[tuple[str, str]]) -> None:
+    text = item_text(Item("1", title, strict(pairs)))
+    assert normalise(unicodedata.normalize("NFKC", text)) == normalise(text)
+
+
+ITEM: dict[str, Any] = {"item_id": "a1", "title": "t", "item_image_name": "a.jpg"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "rows.jsonl"
+
+
+def test_items_may_lack_anything_but_their_id(path: Path) -> None:
+    path.write_text('{"item_id": 7, "title": null, "unknown": [1]}\n\n{"item_id": "b"}\n')
+    assert read_items(path) == {"7": Item("7"), "b": Item("b")}
+
+
+def test_byte_order_marks_line_ends_and_blank_lines_do_not_matter(path: Path) -> None:
+    path.write_bytes(b'\xef\xbb\xbf{"item_id":"a"}\r\n\r\n{"item_id":"b"}')
+    assert list(read_items(path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"item_id": "b"', r"rows\.jsonl:2: not a JSON line"),
+        ("[1]", r"rows\.jsonl:2: expected a JSON object, found \[1\]"),
+        ('{"title": "t"}', r"rows\.jsonl:2: no item_id"),
+        ('{"item_id": "b", "title": ["t"]}', r"rows\.jsonl:2: title must be a text"),
+        ('{"item_id": "a1", "title": "other"}', r"rows\.jsonl:2: item 'a1' stands here twice"),
+        ('{"item_id": "b", "title": "\\ud800"}', r"rows\.jsonl:2: not a JSON line"),
+    ],
+)
+def test_a_bad_item_line_is_named(path: Path, line: str, message: str) -> None:
+    path.write_text(json.dumps(ITEM) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        read_items(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf_8_are_named_by_line(path: Path) -> None:
+    path.write_bytes(b'{"item_id":"a"}\n{"item_id":"\xff"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: not a JSON line"):
+        read_items(path)
+
+
+def test_a_repeated_item_line_is_harmless(path: Path) -> None:
+    path.write_text((json.dumps(ITEM) + "\n") * 2)
+    assert list(read_items(path)) == ["a1"]
+
+
+def test_a_missing_file_says_what_brings_it(path: Path) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl: no such file; run \./entrypoint\.sh resize"):
+        read_items(path)
+    with pytest.raises(UserError, match=r"do this"):
+        read_pairs(path.parent, advice="do this")
+
+
+@pytest.mark.parametrize("label", ["0", "1", 0, 1])
+def test_labels_are_texts_or_numbers(path: Path, label: object) -> None:
+    path.write_text(json.dumps({"src_item_id": "a", "tgt_item_id": "b", "item_label": label}))
+    assert read_pairs(path) == [Pair("a", "b", int(str(label)))]
+
+
+@pytest.mark.parametrize("label", ["2", "same", 0.0, True, [1], "1 ", -1])
+def test_any_other_label_is_an_error(path: Path, label: object) -> None:
+    path.write_text(json.dumps({"src_item_id": "a", "tgt_item_id": "b", "item_label": label}))
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: item_label must be 0 or 1"):
+        read_pairs(path, labels="optional")
+
+
+def test_a_missing_label_is_an_error_only_where_it_is_needed(path: Path) -> None:
+    path.write_text('{"src_item_id": "a", "tgt_item_id": "b"}')
+    assert read_pairs(path, labels="optional") == [Pair("a", "b", None)]
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: no item_label"):
+        read_pairs(path)
+
+
+def test_an_unknown_item_is_named_with_the_nearest_known(path: Path) -> None:
+    path.write_text('{"src_item_id": "item17", "tgt_item_id": "item71x", "item_label": "1"}')
+    items = {name: Item(name) for name in ("item17", "item71", "zzz")}
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1: unknown item 'item71x' \(did you mean 'item71'\?\); add it to i\.j"
+    ):
+        read_pairs(path, items, items_path=Path("i.j"))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_file_without_pairs_is_an_error(path: Path, content: str) -> None:
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"rows\.jsonl: no pairs"):
+        read_pairs(path)
+
+
+def test_half_a_pair_is_an_error(path: Path) -> None:
+    path.write_text('{"src_item_id": "a", "item_label": "1"}')
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: a pair needs src_item_id and tgt_item_id"):
+        read_pairs(path)
+
+
+def test_rows_written_are_rows_read(path: Path) -> None:
+    pairs = [Pair("a", "b", 1), Pair("b", "a", 0), Pair("红", "色", None)]
+    path.write_bytes(b"".join(map(pair_row, pairs)))
+    assert read_pairs(path, labels="optional") == pairs
+    assert json.loads(info_row({**ITEM, "extra": [1]}, "new.jpg")) == {
+        **ITEM,
+        "extra": [1],
+        "item_image_name": "new.jpg",
+    }
+
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(FLOATS, min_size=1, max_size=16))
+def test_an_embedding_comes_back_exactly(numbers: list[float]) -> None:
+    embedding = np.array(numbers, dtype=np.float32)
+    text = format_embedding(embedding)
+    assert json.loads(text) == parse_embedding(text, "here").tolist(), "the judges read it with Python's own json"
+    back = parse_embedding(text, "here").astype(np.float32)
+    assert back.tobytes() == embedding.tobytes()
+
+
+def test_an_embedding_of_a_strided_array_is_written_in_order() -> None:
+    embedding = np.arange(8, dtype=np.float32)[::2]
+    assert parse_embedding(format_embedding(embedding), "here").tolist() == [0, 2, 4, 6]
+
+
+def test_predictions_come_back(path: Path) -> None:
+    path.write_bytes(prediction_row("a", "[0.5,1]", "b", "[2,-3e-9]", 1.65))
+    [(where, prediction)] = read_predictions(path)
+    assert where == f"{path}:1"
+    assert (prediction.left, prediction.right, prediction.threshold) == ("a", "b", 1.65)
+    assert prediction.left_embedding.tolist() == [0.5, 1]
+    assert prediction.right_embedding.tolist() == [2, -3e-9]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"src_item_emb": [1, 2]}, "src_item_emb must be a string"),
+        ({"src_item_emb": "[1,"}, "src_item_emb is not a JSON list"),
+        ({"src_item_emb": "[]"}, "1 to 1024 numbers"),
+        ({"tgt_item_emb": json.dumps([0] * 1025)}, "tgt_item_emb must hold 1 to 1024 numbers"),
+        ({"tgt_item_emb": "[true]"}, "not a number"),
+        ({"tgt_item_emb": "[null]"}, "not a number"),
+        ({"tgt_item_emb": '["1"]'}, "not a number"),
+        ({"tgt_item_emb": "[NaN]"}, "not a JSON list"),
+        ({"tgt_item_emb": "[1e999]"}, "not a JSON list"),
+        ({"threshold": "0"}, "threshold must be a number"),
+        ({"threshold": None}, "threshold must be a number"),
+        ({"threshold": True}, "threshold must be a number"),
+    ],
+)
+def test_a_bad_prediction_is_named(path: Path, change: dict[str, Any], message: str) -> None:
+    good = {"src_item_id": "a", "src_item_emb": "[1]", "tgt_item_id": "b", "tgt_item_emb": "[1]", "threshold": 0}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
+    rows = read_predictions(path)
+    next(rows)
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{message}"):
+        next(rows)
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
+def test_embeddings_are_finite_whatever_a_list_holds(numbers: list[float]) -> None:
+    assert all(map(math.isfinite, parse_embedding(json.dumps(numbers), "here")))

@@ -1,0 +1,189 @@
+"""Models and training states on disk: saved whole or not at all, loaded without executing anything in them.
+
+A model is one .safetensors file that holds all that `predict` needs: weights, model settings, text configuration,
+tokenizer, threshold. Its metadata is readable: `python -c "import safetensors; …"` shows it.
+"""
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pydantic
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from tongkuan.config import ModelSettings, Settings
+from tongkuan.distributed import Ranks
+from tongkuan.files import UserError, publish
+from tongkuan.model import TwoTowers, build
+
+FORMAT = "tongkuan-1"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a model file says of itself."""
+
+    settings: ModelSettings
+    threshold: float
+    text_config: dict[str, Any] | None
+    tokenizer: str | None
+    """The fast tokenizer as JSON."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Where it comes from: step, validation figures, training settings."""
+
+    def open_tokenizer(self) -> Tokenizer | None:
+        """A tokenizer of its own for each caller, or None for a model without texts."""
+        return Tokenizer.from_str(self.tokenizer) if self.tokenizer is not None else None
+
+
+def save_model(path: Path, model: TwoTowers, card: ModelCard) -> None:
+    """Publish weights and card. The same weights and card give the same bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    about = {**asdict(card), "format": FORMAT, "settings": card.settings.model_dump(mode="json")}
+    # One key only: safetensors writes several in hash order.
+    metadata = {"tongkuan": orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()}
+    with publish(path) as file:
+        save_file(tensors, file.name, metadata=metadata)
+
+
+def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
+    """The model on the CPU, in evaluation mode. UserError when the file is missing, damaged or not ours."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such model; run ./entrypoint.sh train, or name one with --model")
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = parse_card(path, file.metadata() or {})
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error}); copy it again or train anew") from error
+    model = build(card.settings, card.text_config, pretrained=False)
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise UserError(f"{path}: weights and settings disagree at {wrong[0]}; this is a model of other settings")
+    model.load_state_dict(state)
+    model.eval()
+    return model, card
+
+
+def parse_card(path: Path, metadata: dict[str, str]) -> ModelCard:
+    """The card in a file's metadata."""
+    try:
+        about = orjson.loads(metadata["tongkuan"])
+        if about.pop("format") != FORMAT:
+            raise UserError(f"{path}: made by another version of Tongkuan; train anew or use that version")
+        return ModelCard(**{**about, "settings": ModelSettings.model_validate(about["settings"])})
+    except (KeyError, TypeError, ValueError, pydantic.ValidationError) as error:
+        advice = "name a file that ./entrypoint.sh train made"
+        raise UserError(f"{path}: not a model of ours, or of other settings; {advice}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+class Run:
+    """A run folder: last.pt to resume from, best.safetensors, metrics.jsonl and TensorBoard curves."""
+
+    def __init__(self, run_dir: Path, settings: Settings, fellows: Ranks) -> None:
+        self.run_dir, self.settings, self.fellows = run_dir, settings, fellows
+        self.best_f1 = -1.0
+        self.metrics: list[dict[str, Any]] = []
+        self.last, self.best = run_dir / "last.pt", run_dir / "best.safetensors"
+        self._board: Any = None
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+        """Restore everything from last.pt; the number of steps done, 0 for a new run."""
+        if not self.last.exists():
+            return 0
+        try:
+            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise UserError(f"{self.last}: damaged; delete it to start the run anew") from error
+        if state["settings"] != self.described():
+            different = ", ".join(sorted(differing(state["settings"], self.described())))
+            raise UserError(f"{self.last}: a run of other settings ({different}); name another --run or delete it")
+        if len(state["rng"]) != self.fellows.count:
+            raise UserError(
+                f"{self.last}: a run on {len(state['rng'])} ranks; go on with as many, or name another --run"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        set_rng(state["rng"][self.fellows.rank], self.fellows.device)
+        self.best_f1, self.metrics = state["best_f1"], state["metrics"]
+        return int(state["step"])
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Publish last.pt and metrics.jsonl; every rank takes part."""
+        rng = self.fellows.gather(get_rng(self.fellows.device))
+        if self.fellows.is_first:
+            state = {
+                "settings": self.described(),
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "rng": rng,
+                "best_f1": self.best_f1,
+                "metrics": self.metrics,
+            }
+            with publish(self.last) as file:
+                torch.save(state, file)
+            with publish(self.run_dir / "metrics.jsonl") as file:
+                file.writelines(orjson.dumps(row) + b"\n" for row in self.metrics)
+        self.fellows.wait()
+
+    def described(self) -> dict[str, Any]:
+        """The settings that decide what is learned, as plain values."""
+        return self.settings.model_dump(mode="json", include={"model", "train"})
+
+    def log(self, step: int, figures: dict[str, float], speed: float | None = None) -> None:
+        """Keep a row for metrics.jsonl (nothing of the clock in it) and draw it; the first rank only."""
+        if not self.fellows.is_first:
+            return
+        self.metrics.append({"step": step, **figures})
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step)
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+        if speed is not None:
+            self._board.add_scalar("pairs_per_second", speed, step)
+
+    def close(self) -> None:
+        """Flush the curves."""
+        if self._board is not None:
+            self._board.close()
+
+
+def differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of settings that are not the same."""
+    names = []
+    for key in old.keys() | new.keys():
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def get_rng(device: torch.device) -> list[Tensor]:
+    """Generator states that dropout draws from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_rng(states: Sequence[Tensor], device: torch.device) -> None:
+    """The inverse of get_rng."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,239 @@
+"""Typed settings: presets (YAML), `section.key=value` overrides, validation with every problem shown at once.
+
+The resolved settings travel in the checkpoint; `predict` reads the model's from there and nowhere else.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from tongkuan.files import UserError
+from tongkuan.records import TEN_KEYS, AttributeStyle, clip, nearest
+
+PRESET_DIR = Path(__file__).resolve().parents[1] / "presets"
+Precision = Literal["fp32", "bf16", "fp16"]
+Inputs = Literal["both", "text", "image"]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Scalar = bool | int | float | str
+
+
+class Section(pydantic.BaseModel):
+    """A group of settings; unknown keys are errors, never ignored."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TextEncoder(Section):
+    """A transformers text encoder; its `[CLS]` of the last layer describes the text."""
+
+    weights: str = "random"
+    """hub:NAME, folder:DIR, package:NAME/FOLDER, or random (then `config` names the sizes)."""
+    config: dict[str, Scalar] = {"model_type": "bert"}
+    """Fields of the transformers configuration that replace the encoder's own."""
+    max_tokens: Positive = 140
+    """Longer texts are cut; [CLS] and [SEP] count."""
+
+
+class ImageEncoder(Section):
+    """A timm image encoder, pooled."""
+
+    architecture: str = "swin_large_patch4_window12_384"
+    """timm's name of the network."""
+    weights: str = "random"
+    """hub:NAME, folder:FILE, package:NAME/FILE, or random."""
+    size: Positive = 384
+    """Pixels a side; pictures are squashed to it, bicubic."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of RGB / 255, taken off; ImageNet's by default."""
+    deviation: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Of RGB / 255, divided by."""
+    arguments: dict[str, Any] = {}
+    """Further arguments of timm.create_model."""
+
+
+class ModelSettings(Section):
+    """The two towers, threshold and commodity: all that `predict` needs to know."""
+
+    inputs: Inputs = "both"
+    """text and image, or one alone (for the ablation)."""
+    embedding_size: Annotated[int, Field(ge=1, le=512)] = 512
+    """Numbers a tower; the submitted embedding has twice as many, at most 1,024."""
+    attributes: AttributeStyle = "quoted"
+    """quoted: split, then normalise. published: normalise, then split, as the paper's code did."""
+    attribute_keys: tuple[str, ...] = TEN_KEYS
+    """Keys whose values follow the title, in this order."""
+    text: TextEncoder = TextEncoder()
+    image: ImageEncoder = ImageEncoder()
+
+
+class Augmentation(Section):
+    """Changes to training items, drawn anew at each visit; all 0 is none, as published."""
+
+    crop: Share = 0.0
+    """A random window keeps at least 1 - crop of each side."""
+    flip: Share = 0.0
+    """Chance that the picture is mirrored."""
+    color: Share = 0.0
+    """Brightness and contrast change by at most this share."""
+    drop_image: Share = 0.0
+    """Chance that the picture is blanked."""
+    drop_text: Share = 0.0
+    """Chance that a token is left out."""
+
+
+class TrainSettings(Section):
+    """How the towers learn (published values: arXiv 2208.11064, run 63)."""
+
+    steps: Positive = 100_000
+    """Optimiser steps."""
+    pairs: Positive = 8
+    """Pairs a step, over all ranks and accumulated parts: the global batch."""
+    accumulate: Positive = 1
+    """Parts that a rank's share of the batch is run in, one after another."""
+    precision: Precision = "fp32"
+    """Arithmetic of the encoders; weights and loss stay fp32."""
+    checkpoint_activations: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-6
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of the two linear layers; learning_rate when empty."""
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
+    """Where the cosine ends."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear rise over the cosine; a shorter run only sees the rise."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    """L2, added to the gradient as Adam does."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip_norm: Annotated[float, Field(gt=0)] = 0.5
+    """Largest gradient norm."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    validate_every: Positive = 2_000
+    """Steps between validations; the last step always validates."""
+    save_every: Positive = 2_000
+    """Steps between checkpoints for resuming."""
+    log_every: Positive = 50
+    augmentation: Augmentation = Augmentation()
+
+
+class DataSettings(Section):
+    """How items are read and encoded; changes speed and memory, not what is learned."""
+
+    workers: Positive = 4
+    """Threads that decode pictures ahead."""
+    encode_batch: Positive = 32
+    """Items a batch when only encoding."""
+    cache_mb: Annotated[int, Field(ge=0)] = 1024
+    """Memory for decoded pictures kept between visits."""
+
+
+class Settings(Section):
+    """Everything a preset may say."""
+
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    data: DataSettings = DataSettings()
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the project."""
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+def load_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of a preset (a name, or a YAML file's path) with overrides `section.key=value` on top.
+
+    Raises UserError listing every problem: unknown keys with the nearest name, wrong types and ranges.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESET_DIR / f"{preset}.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        names = preset_names()
+        advice = f"name a YAML file or one of {', '.join(names)}"
+        raise UserError(f"{clip(preset)}: no such preset{nearest(preset, names)}; {advice}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+        root = yaml.compose(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)}); mend the line") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections model, train, data; found {clip(values)}")
+    origins = {loc: f"{path}:{line}" for loc, line in key_lines(root)}
+    for override in overrides:
+        origins |= apply_override(values, override)
+    return validate(values, origins, str(path))
+
+
+def key_lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], int]]:
+    """(key path, line from 1) for every key of a YAML mapping."""
+    lines = []
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        path = (*prefix, str(key.value))
+        lines += [(path, key.start_mark.line + 1), *key_lines(value, path)]
+    return lines
+
+
+def apply_override(values: dict[str, Any], override: str) -> dict[tuple[str, ...], str]:
+    """Set `section.key=value` in `values`; returns where that value came from, for error lines."""
+    name, separator, text = override.partition("=")
+    keys = tuple(name.split("."))
+    if not separator or not all(keys) or len(keys) < 2:
+        raise UserError(f"{clip(override)}: an override reads section.key=value, such as train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{clip(override)}: the value is not YAML; quote it") from error
+    section = values
+    for key in keys[:-1]:
+        if not isinstance(section.setdefault(key, {}), dict):
+            raise UserError(f"{clip(override)}: {key} is a value, not a section; name one of its neighbours")
+        section = section[key]
+    section[keys[-1]] = value
+    return {keys: f"override {clip(override)}"}
+
+
+def validate(values: dict[str, Any], origins: dict[tuple[str, ...], str], source: str) -> Settings:
+    """Typed settings, or a UserError with one line a problem."""
+    try:
+        settings = Settings.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = []
+        for problem in error.errors(include_url=False):
+            loc = tuple(str(part) for part in problem["loc"])
+            where = next((origins[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origins), source)
+            name = ".".join(loc)
+            if problem["type"] == "extra_forbidden":
+                what = f"unknown setting {name!r}{nearest(loc[-1], known_keys(loc[:-1]))}; rename or delete it"
+            else:
+                what = f"{name}: {problem['msg'].lower()}, found {clip(problem['input'])}; change it"
+            problems.append(f"{where}: {what}")
+        raise UserError("\n".join(problems)) from error
+    problems = [f"{source}: {problem}" for problem in contradictions(settings)]
+    if problems:
+        raise UserError("\n".join(problems))
+    return settings
+
+
+def known_keys(prefix: tuple[str, ...]) -> list[str]:
+    """Setting names of a section, by its path."""
+    section: type[Section] = Settings
+    for key in prefix:
+        inner = section.model_fields[key].annotation if key in section.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, Section)):
+            return []
+        section = inner
+    return list(section.model_fields)
+
+
+def contradictions(settings: Settings) -> list[str]:
+    """Settings that are right one by one and wrong together."""
+    if settings.train.pairs % settings.train.accumulate:
+        return ["train.pairs must be a multiple of train.accumulate; change one of them"]
+    return []

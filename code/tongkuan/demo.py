@@ -1,0 +1,47 @@
+"""The whole job on a sample catalogue, in a folder of its own: every step is a verb that you could type.
+
+`./entrypoint.sh demo` and, for text alone and pictures alone beside both, `./entrypoint.sh demo --ablation`.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tongkuan.judge import score
+
+Verb = Callable[[Sequence[str]], int]
+INPUTS = {"both": "text and picture", "text": "text alone", "image": "picture alone"}
+
+
+def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: int | None, run_verb: Verb) -> None:
+    """Sample data -> resize -> split -> train -> predict -> check -> score, in `run_dir`; prints each command."""
+    started = time.monotonic()
+    raw, data = run_dir / "raw", run_dir / "data"
+    ranks = [] if nproc is None else ["--nproc", str(nproc)]
+
+    def step(*words: object) -> None:
+        command = [str(word) for word in words]
+        print(f"\n[{time.monotonic() - started:4.0f} s] ./entrypoint.sh {' '.join(command)}", flush=True)
+        if code := run_verb(command):
+            sys.exit(code)
+
+    step("sample", "--raw", raw)
+    step("resize", "--raw", raw, "--data", data)
+    step("split", "--data", data)
+    answers = data / "item_test_answers.jsonl"
+    figures = {}
+    for inputs in INPUTS if with_ablation else ("both",):
+        folder = run_dir if inputs == "both" else run_dir / inputs
+        model, submit = folder / "weights" / "model.safetensors", folder / "submit"
+        settings = [*overrides, f"model.inputs={inputs}"]
+        step(
+            "train", "--preset", "demo", "--data", data, "--run", folder / "train", "--model", model, *ranks, *settings
+        )
+        step("predict", "--data", data, "--model", model, "--submit", submit, *ranks)
+        step("check", "--submit", submit, "--pairs", data / "item_test_pair.jsonl")
+        step("score", "--submit", submit, "--pairs", answers)
+        figures[INPUTS[inputs]] = score(submit, answers)
+    print(f"\ndone in {time.monotonic() - started:.0f} s; F1 on products never trained on:")
+    for name, f1 in figures.items():
+        print(f"  {name:<18}{f1:.4f}")

@@ -1,0 +1,91 @@
+"""Encode each distinct item once and keep the embeddings by id.
+
+Batches are formed over all items before they are dealt to ranks and threads, and each is computed by one thread:
+so the numbers depend on the items and the model, not on how many ranks or cores did the work.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from tongkuan.config import DataSettings, Precision
+from tongkuan.data import Batch, ItemStore, normalised, prefetch
+from tongkuan.distributed import Ranks, available_cores
+from tongkuan.model import TwoTowers, pair_scores
+from tongkuan.records import Pair
+
+Embeddings = NDArray[np.float32]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def distinct_items(pairs: Iterable[Pair]) -> list[str]:
+    """Ids of the pairs' items, each once, in first-seen order."""
+    return list(dict.fromkeys(item_id for pair in pairs for item_id in (pair.left, pair.right)))
+
+
+def length_batches(store: ItemStore, item_ids: Sequence[str], size: int) -> list[list[str]]:
+    """Batches of items of like text length, so that little is padded; the same for the same items."""
+    lengths = {item_id: len(tokens) for item_id, tokens in zip(item_ids, store.tokens(item_ids), strict=True)}
+    ordered = sorted(item_ids, key=lambda item_id: (lengths[item_id], item_id))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which encoders compute at a precision; fp32 leaves them alone."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Operators inside run on one thread each: how a sum is cut among threads changes its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def encode(
+    model: TwoTowers,
+    store: ItemStore,
+    item_ids: Sequence[str],
+    settings: DataSettings,
+    ranks: Ranks,
+    precision: Precision = "fp32",
+    label: str = "encode",
+) -> dict[str, Embeddings]:
+    """Embeddings [p ; q] float32 (2D,) of every item, by id, on every rank. The model is in evaluation mode."""
+    batches = length_batches(store, item_ids, settings.encode_batch)
+    own = ranks.shard(batches)
+    lanes = 1 if ranks.device.type == "cuda" else max(1, available_cores() // ranks.count)
+
+    def run(batch: Batch) -> Embeddings:
+        with torch.inference_mode(), autocast(ranks.device, precision):
+            batch = batch.to(ranks.device)
+            images = normalised(batch, store.settings.image)
+            numbers: Embeddings = model(images, batch.ids, batch.mask).float().cpu().numpy()
+            return numbers
+
+    found: dict[str, Embeddings] = {}
+    progress = tqdm(total=len(item_ids), desc=label, unit="item", disable=None if ranks.is_first else True)
+    with one_thread_each(), progress:
+        loaded = prefetch(own, store.batch, settings.workers)
+        for ids, numbers in zip(own, prefetch(loaded, run, lanes), strict=True):
+            found.update(zip(ids, numbers, strict=True))
+            progress.update(min(len(ids) * ranks.count, len(item_ids) - progress.n))
+    merged = {item_id: row for part in ranks.gather(found) for item_id, row in part.items()}
+    return {item_id: merged[item_id] for item_id in item_ids}
+
+
+def scores_of(pairs: Sequence[Pair], embeddings: dict[str, Embeddings]) -> NDArray[np.float64]:
+    """Score of each pair, (N,)."""
+    left, right = (
+        np.stack([embeddings[item_id] for item_id in side])
+        for side in zip(*((p.left, p.right) for p in pairs), strict=True)
+    )
+    return pair_scores(left, right)

@@ -1,0 +1,54 @@
+"""Precision, recall and F1 of a model on labelled pairs, at threshold 0 and at the chosen one, with intervals.
+
+`./entrypoint.sh evaluate --data data --split valid --model weights/model.safetensors`
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tongkuan.checkpoint import load_model
+from tongkuan.config import DataSettings, Precision
+from tongkuan.data import open_store
+from tongkuan.distributed import ranks
+from tongkuan.encode import distinct_items, encode, scores_of
+from tongkuan.metrics import Labels, Scores, best_threshold, bootstrap, quality_at
+from tongkuan.records import Pair, item_file, pair_file, read_items, read_pairs
+
+
+def labels_of(pairs: Sequence[Pair]) -> Labels:
+    """int64 (N,) of labelled pairs."""
+    return np.array([pair.label for pair in pairs], dtype=np.int64)
+
+
+def evaluate(
+    data_dir: Path, split: str, model_path: Path, settings: DataSettings, precision: Precision, threshold: float | None
+) -> None:
+    """Print the table."""
+    model, card = load_model(model_path)
+    items_path = item_file(data_dir, split)
+    items = read_items(items_path)
+    pairs = read_pairs(pair_file(data_dir, split), items, items_path=items_path)
+    store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
+    with ranks() as fellows:
+        embeddings = encode(model.to(fellows.device), store, distinct_items(pairs), settings, fellows, precision)
+        if not fellows.is_first:
+            return
+    chosen = card.threshold if threshold is None else threshold
+    print(f"{model_path} on {len(pairs)} pairs of {split}, {precision}")
+    print_qualities(scores_of(pairs, embeddings), labels_of(pairs), {"as trained": 0.0, "chosen": chosen})
+    if complaint := store.complaint():
+        print(complaint)
+
+
+def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]) -> None:
+    """A row a threshold, F1 with its 95 % bootstrap interval, and the best that any threshold could reach."""
+    print(f"{'threshold':>24} {'F1':>7} {'95 % interval':>17} {'precision':>10} {'recall':>7}")
+    for name, threshold in thresholds.items():
+        quality = quality_at(scores, labels, threshold)
+        low, high = bootstrap(lambda s, y, cut=threshold: quality_at(s, y, cut).f1, scores, labels)  # type: ignore[misc]
+        figures = f"{quality.f1:7.4f} [{low:.4f}, {high:.4f}] {quality.precision:10.4f} {quality.recall:7.4f}"
+        print(f"{name + f' {threshold:.4f}':>24} {figures}")
+    cut, f1 = best_threshold(scores, labels)
+    print(f"{'best on these ' + f'{cut:.4f}':>24} {f1:7.4f}  (an upper bound: chosen on the pairs it is measured on)")

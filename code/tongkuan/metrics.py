@@ -1,0 +1,104 @@
+"""Precision, recall and F1, the threshold sweep and bootstrap intervals: pure numpy, no model, no file.
+
+A pair counts as "same" when its score is greater than the threshold. Scores are float64 (N,), labels 0 or 1 (N,).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Counts and the figures that follow from them; a figure without a denominator is 0."""
+
+    true_positives: int
+    false_positives: int
+    false_negatives: int
+    true_negatives: int
+
+    @property
+    def precision(self) -> float:
+        return ratio(self.true_positives, self.true_positives + self.false_positives)
+
+    @property
+    def recall(self) -> float:
+        return ratio(self.true_positives, self.true_positives + self.false_negatives)
+
+    @property
+    def f1(self) -> float:
+        return ratio(2 * self.true_positives, 2 * self.true_positives + self.false_positives + self.false_negatives)
+
+
+def ratio(part: int, whole: int) -> float:
+    """part / whole, 0 when there is no whole."""
+    return part / whole if whole else 0.0
+
+
+def quality_at(scores: Scores, labels: Labels, threshold: float | Scores) -> Quality:
+    """Counts at one threshold, or at a threshold of each pair's own (N,)."""
+    same, called = labels == 1, scores > threshold
+    return Quality(
+        int(np.sum(called & same)),
+        int(np.sum(called & ~same)),
+        int(np.sum(~called & same)),
+        int(np.sum(~called & ~same)),
+    )
+
+
+def best_threshold(scores: Scores, labels: Labels) -> tuple[float, float]:
+    """(threshold, F1) of the highest F1 over every distinct way to cut, "all same" and "none same" included.
+
+    Ties in score are never split. A cut lies midway between neighbouring scores, so that rounding the last digit
+    of a score does not change a verdict. Of equal F1 the cut nearest to 0, the threshold as trained, is taken.
+    """
+    if not len(scores):
+        raise ValueError("best_threshold needs at least one score")
+    order = np.argsort(-scores, kind="stable")
+    sorted_scores, sorted_labels = scores[order], labels[order]
+    last_of_score = np.append(np.flatnonzero(np.diff(sorted_scores)), len(scores) - 1)
+    called = last_of_score + 1
+    true_positives = np.cumsum(sorted_labels)[last_of_score]
+    f1 = 2 * true_positives / np.maximum(called + labels.sum(), 1)  # 2TP + FP + FN = called + positives
+    distinct = sorted_scores[last_of_score]
+    below = np.append(distinct[1:], distinct[-1] - 1.0)
+    cuts = np.concatenate([[distinct[0] + 1.0], below + (distinct - below) / 2])
+    f1 = np.concatenate([[0.0], f1])
+    best = np.flatnonzero(f1 == f1.max())
+    chosen = best[np.argmin(np.abs(cuts[best]))]
+    return float(cuts[chosen]), float(f1[chosen])
+
+
+def average_precision(scores: Scores, labels: Labels) -> float:
+    """Area under the precision-recall steps, ties taken together; 0 when nothing is "same"."""
+    positives = int(labels.sum())
+    if not positives:
+        return 0.0
+    order = np.argsort(-scores, kind="stable")
+    last_of_score = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    true_positives = np.cumsum(labels[order])[last_of_score]
+    recall_gain = np.diff(np.concatenate([[0], true_positives])) / positives
+    return float(np.sum(recall_gain * true_positives / (last_of_score + 1)))
+
+
+def bootstrap(
+    figure: Callable[[Scores, Labels], float],
+    scores: Scores,
+    labels: Labels,
+    draws: int = 1000,
+    share: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of figure(scores, labels) over pairs drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    values = np.empty(draws)
+    for draw in range(draws):
+        chosen = generator.integers(0, len(scores), len(scores))
+        values[draw] = figure(scores[chosen], labels[chosen])
+    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)

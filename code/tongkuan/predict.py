@@ -1,0 +1,124 @@
+"""Write the judges' result file: result.jsonl, similarity.py and manifest.json, checked before they appear.
+
+`./entrypoint.sh predict --data data --split test --model weights/model.safetensors --submit submit`
+"""
+
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+from tqdm import tqdm
+
+from tongkuan import __version__
+from tongkuan.checkpoint import ModelCard, load_model
+from tongkuan.config import DataSettings, Precision
+from tongkuan.data import open_store
+from tongkuan.distributed import Ranks, ranks
+from tongkuan.encode import Embeddings, distinct_items, encode
+from tongkuan.files import UserError, check_writable, publish, sha256_of
+from tongkuan.model import TOP
+from tongkuan.records import (
+    Item,
+    Pair,
+    format_embedding,
+    item_file,
+    pair_file,
+    prediction_row,
+    read_items,
+    read_pairs,
+    read_predictions,
+)
+
+SIMILARITY = TOP / "submit" / "similarity.py"
+VERSIONED = ("torch", "timm", "transformers", "tokenizers", "numpy", "pillow")
+
+
+def predict(
+    data_dir: Path,
+    split: str,
+    model_path: Path,
+    submit_dir: Path,
+    settings: DataSettings,
+    precision: Precision = "fp32",
+    threshold: float | None = None,
+) -> None:
+    """Predict every pair of a split. UserError before any encoding when an input or the folder is unfit."""
+    check_writable(submit_dir)
+    model, card = load_model(model_path)
+    items_path, pairs_path = item_file(data_dir, split), pair_file(data_dir, split)
+    items = read_items(items_path)
+    pairs = read_pairs(pairs_path, items, labels="optional", items_path=items_path)
+    store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
+    chosen = card.threshold if threshold is None else threshold
+    with ranks() as fellows:
+        item_ids = distinct_items(pairs)
+        embeddings = encode(model.to(fellows.device), store, item_ids, settings, fellows, precision, "predict")
+        if not fellows.is_first:
+            return
+        write_result(submit_dir / "result.jsonl", pairs, embeddings, chosen)
+        if SIMILARITY.resolve() != (submit_dir / SIMILARITY.name).resolve():
+            with publish(submit_dir / SIMILARITY.name) as file, SIMILARITY.open("rb") as source:
+                shutil.copyfileobj(source, file)
+        inputs = {"model": model_path, "items": items_path, "pairs": pairs_path}
+        outputs = {"result": submit_dir / "result.jsonl", "similarity": submit_dir / "similarity.py"}
+        facts = {
+            "precision": precision,
+            "split": split,
+            "threshold": chosen,
+            "pairs": len(pairs),
+            "items": len(item_ids),
+            "encode_batch": settings.encode_batch,
+            "images_sha256": images_hash(data_dir, [items[item_id] for item_id in item_ids]),
+            "blank_pictures": sorted(store.unreadable),
+        }
+        write_manifest(submit_dir / "manifest.json", inputs | outputs, facts, card, fellows)
+    print(f"{submit_dir / 'result.jsonl'}: {len(pairs)} pairs, {len(item_ids)} items, threshold {chosen:.6g}")
+    if complaint := store.complaint():
+        print(complaint)
+    print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {pairs_path}")
+
+
+def write_result(path: Path, pairs: Sequence[Pair], embeddings: dict[str, Embeddings], threshold: float) -> None:
+    """One line a pair in the order of the pairs; re-read and checked before it gets its name."""
+    texts = {item_id: format_embedding(embedding) for item_id, embedding in embeddings.items()}
+    with publish(path) as file:
+        for pair in tqdm(pairs, desc="write", unit="pair", disable=None):
+            file.write(prediction_row(pair.left, texts[pair.left], pair.right, texts[pair.right], threshold))
+        file.flush()
+        count = 0
+        for (where, row), pair in zip(read_predictions(Path(file.name)), pairs, strict=True):
+            if (row.left, row.right, row.threshold) != (pair.left, pair.right, threshold):
+                raise UserError(f"{where}: reads back as another pair; predict again")
+            count += 1
+        assert count == len(pairs), "zip is strict"
+
+
+def images_hash(data_dir: Path, items: Sequence[Item]) -> str:
+    """SHA-256 over (name, SHA-256 of the file) of the pictures used, sorted by name."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted({item.image_name for item in items if item.image_name}):
+        path = data_dir / "images" / name
+        digest.update(f"{name}\0{sha256_of(path) if path.is_file() else 'missing'}\n".encode())
+    return digest.hexdigest()
+
+
+def write_manifest(path: Path, files: dict[str, Path], facts: dict[str, Any], card: ModelCard, fellows: Ranks) -> None:
+    """What made this result: hashes of inputs and outputs, settings, versions. No clock, no host, no path."""
+    manifest = {
+        "tongkuan": __version__,
+        "sha256": {name: sha256_of(file) for name, file in files.items()},
+        **facts,
+        "model_settings": card.settings.model_dump(mode="json"),
+        "model_facts": card.facts,
+        "device": fellows.device.type,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONED},
+    }
+    with publish(path) as file:
+        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")

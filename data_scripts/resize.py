@@ -1,0 +1,399 @@
+"""Turn what the organiser hands out into what train reads: square JPEGs, items, pairs, and a ledger of every picture.
+
+./entrypoint.sh resize --raw data/raw --data data
+"""
+
+import argparse
+import hashlib
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
+
+import orjson
+from pictures import Source, UnreadableError, find_source, fold, path_tails, safe_name, squash
+from tongkuan.files import UserError, check_writable, publish
+from tongkuan.records import (
+    Item,
+    Pair,
+    info_row,
+    item_file,
+    pair_file,
+    pair_row,
+    parse_item,
+    read_items,
+    read_pairs,
+    read_rows,
+)
+from tqdm import tqdm
+
+STATUSES = ("ok", "repaired", "unreadable", "missing", "duplicate")
+SPLITS = ("train", "valid", "test")
+HANDED_OUT = "handed_out"  # the folder in DATA that split draws from
+ANSWERS = "item_test_answers.jsonl"
+ADVICE = "run ./entrypoint.sh download for the organiser's files, or ./entrypoint.sh demo for made-up ones"
+MIN_TASKS = 32  # pictures a worker: starting one takes as long as these
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All pictures
+
+
+@dataclass(eq=False, slots=True)
+class Picture:
+    """A picture file and its ledger row; `key` is what its split's source reads it by."""
+
+    split: str
+    path: str
+    key: Any
+    image: str = ""
+    status: str = "ok"
+    detail: str = ""
+    width: int = 0
+    height: int = 0
+    twin: "Picture | None" = None  # an earlier one of the same bytes and name
+    is_named: bool = False  # by an item
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    def row(self) -> dict[str, Any]:
+        fields = ("image", "detail", "width", "height")
+        return {"split": self.split, "name": self.name, "status": self.status} | {f: getattr(self, f) for f in fields}
+
+
+def list_pictures(sources: dict[str, Source]) -> list[Picture]:
+    """Every picture file, by split, name and path."""
+    pictures = [
+        Picture(split, next(iter(path_tails(path)), "_"), key)
+        for split, source in sources.items()
+        for path, key in source.entries()
+    ]
+    return sorted(pictures, key=lambda picture: (SPLITS.index(picture.split), picture.name, picture.path))
+
+
+def assign_names(pictures: list[Picture], sources: dict[str, Source]) -> None:
+    """Give each picture an output name of its own, or the earlier picture of the same name and bytes as its twin.
+
+    Only pictures whose names meet are read here; the order of `pictures` decides who keeps the plain name.
+    """
+    wanted: dict[str, list[Picture]] = {}
+    taken: dict[str, Picture] = {}
+    digests: dict[Picture, str] = {}
+
+    def digest(picture: Picture) -> str:
+        if picture not in digests:
+            try:
+                data = sources[picture.split].read(picture.key)
+                digests[picture] = hashlib.sha256(data).hexdigest()
+            except UnreadableError:
+                digests[picture] = f"{picture.split}/{picture.path}"  # like no other
+        return digests[picture]
+
+    for picture in tqdm(pictures, desc="names", unit=" pictures", disable=None):
+        picture.image = safe_name(picture.name)
+        rivals = wanted.setdefault(fold(picture.image), [])
+        twin = next((rival for rival in rivals if digest(rival) == digest(picture)), None)
+        if twin:
+            picture.twin = twin
+            picture.status, picture.detail = "duplicate", f"the same bytes as {twin.split}/{twin.path}"
+            continue
+        rivals.append(picture)
+        if holder := taken.get(fold(picture.image)):
+            picture.status, picture.detail = "duplicate", f"other bytes than {holder.split}/{holder.path}"
+            tails = (f"~{number}" for number in itertools.count(2))
+            picture.image = next(name for t in tails if fold(name := safe_name(picture.name, t)) not in taken)
+        taken[fold(picture.image)] = picture
+
+
+# What a pool's process reads from: set once by `start_worker`, since an open archive cannot travel with each task.
+worker_sources: dict[str, Source] = {}
+Task: TypeAlias = tuple[str, Any, str, int]  # split, key, where to write, size
+Outcome: TypeAlias = tuple[str, str, int, int]  # ok, repaired or unreadable; detail; width; height
+
+
+def start_worker(sources: dict[str, Source]) -> None:
+    """Set a pool's process up: its archives are opened, and it ends when the process that started it does."""
+    worker_sources.update(sources)
+    silence_pillow()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def silence_pillow() -> None:
+    """Keep its log off the terminal: what is wrong with a picture goes into the ledger."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def end_with_parent() -> None:
+    """Wait for the parent's end. Idle workers would otherwise outlive a killed parent for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def convert_in_worker(task: Task) -> Outcome:
+    return convert(worker_sources, task)
+
+
+def convert(sources: dict[str, Source], task: Task) -> Outcome:
+    """Read, squash and write one picture; what cannot be read is an outcome, not an error."""
+    split, key, target, size = task
+    try:
+        data, repair, width, height = squash(sources[split].read(key), size)
+    except UnreadableError as error:
+        return "unreadable", str(error), error.width, error.height
+    # Renamed, but not fsynced one by one as `publish` does (that is ten times slower on a disk): the ledger, written
+    # and fsynced last, is what makes a set valid. The temporary name is fixed, so a killed run leaves no litter behind.
+    temporary = f"{target}.part"
+    with open(temporary, "wb") as file:
+        file.write(data)
+    os.replace(temporary, target)  # noqa: PTH105 - a Path for each of 100,000 names is only slower
+    return "repaired" if repair else "ok", repair, width, height
+
+
+def convert_all(pictures: list[Picture], sources: dict[str, Source], images: Path, size: int, workers: int) -> None:
+    """Convert every picture that has no twin and fill in the ledger's fields of all; the same with any `workers`."""
+    own = [picture for picture in pictures if not picture.twin]
+    tasks: list[Task] = [(picture.split, picture.key, str(images / picture.image), size) for picture in own]
+    workers = min(workers, len(tasks) // MIN_TASKS)
+    with ExitStack() as stack:
+        if workers > 1:
+            # spawn: forking a process that has threads (torch, tqdm) can hang.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, context, start_worker, (sources,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            outcomes = pool.map(convert_in_worker, tasks, chunksize=8)
+        else:
+            silence_pillow()
+            outcomes = (convert(sources, task) for task in tasks)
+        try:
+            for picture, outcome in tqdm(
+                zip(own, outcomes, strict=True), total=len(own), desc="resize", unit=" pictures", disable=None
+            ):
+                apply_outcome(picture, outcome)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "resize: a worker process was killed, for want of memory most likely; run again with --workers 1"
+            ) from error
+    for picture in pictures:
+        if twin := picture.twin:
+            picture.image, picture.width, picture.height = twin.image, twin.width, twin.height
+            if not twin.image:
+                picture.status, picture.detail = "unreadable", f"{picture.detail}: {twin.detail}"
+
+
+def apply_outcome(picture: Picture, outcome: Outcome) -> None:
+    """Write an outcome into the picture's ledger fields. `unreadable` and `repaired` win over `duplicate`."""
+    status, detail, picture.width, picture.height = outcome
+    if status == "unreadable":
+        picture.image = ""
+    if status != "ok":
+        picture.status = status
+        picture.detail = "; ".join(part for part in (detail, picture.detail) if part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Items, pairs and the ledger
+
+
+class Index:
+    """Pictures of a split by every tail of their path (`a/b.jpg`, `b.jpg`), with and without the suffix."""
+
+    def __init__(self, pictures: Iterable[Picture]) -> None:
+        self.names: dict[str, Picture] = {}
+        self.stems: dict[str, Picture] = {}
+        for picture in pictures:
+            for tail in path_tails(picture.path):
+                self.names.setdefault(tail, picture)
+                self.stems.setdefault(str(PurePosixPath(tail).with_suffix("")), picture)
+
+    def by_name(self, name: str) -> Picture | None:
+        """The picture of that name; the longest part of a path that fits decides."""
+        return next((self.names[tail] for tail in path_tails(name) if tail in self.names), None)
+
+    def by_stem(self, name: str) -> Picture | None:
+        """As `by_name`, with the suffix left out on both sides."""
+        stems = (str(PurePosixPath(tail).with_suffix("")) for tail in path_tails(name))
+        return next((self.stems[stem] for stem in stems if stem in self.stems), None)
+
+
+def resolve(name: str, split: str, indexes: dict[str, Index]) -> Picture | None:
+    """Which picture an item's name means: name, then stem in its own split, then name, then stem in the others."""
+    others = [index for other, index in indexes.items() if other != split]
+    for group in ([indexes[split]], others):
+        for look_up in (Index.by_name, Index.by_stem):
+            for index in group:
+                if picture := look_up(index, name):
+                    return picture
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """A split's lines as handed out: items by id, their raw rows, pairs with or without labels."""
+
+    items: dict[str, Item]
+    rows: list[dict[str, Any]]
+    pairs: list[Pair]
+
+
+def read_split(raw_dir: Path, split: str) -> tuple[Records, Source] | None:
+    """A split's records and its pictures' source; None when nothing is there, UserError when only half of it is."""
+    info, pair, source = item_file(raw_dir, split), pair_file(raw_dir, split), find_source(raw_dir, split)
+    if not info.is_file() and not pair.is_file() and source is None:
+        return None
+    for path in (info, pair):
+        if not path.is_file():
+            raise UserError(f"{path}: missing, while other files of {split} are there; {ADVICE}")
+    if source is None:
+        pictures = f"item_{split}_images"
+        raise UserError(
+            f"{raw_dir}: no pictures of {split}; put {pictures}.zip, {pictures}.zip.partaa… or the folder {pictures} "
+            f"there, or {ADVICE}"
+        )
+    items = read_items(info, ADVICE)
+    rows = [row for _, row in read_rows(info, ADVICE)]
+    return Records(items, rows, read_pairs(pair, items, "optional", info, ADVICE)), source
+
+
+def link_pictures(records: dict[str, Records], pictures: list[Picture]) -> dict[str, dict[str, str]]:
+    """Output name or "" by split and item id. Marks the pictures that items name, adds a row for each missing one."""
+    found = {split: Index(p for p in pictures if p.split == split and p.image) for split in SPLITS}
+    unreadable = {split: Index(p for p in pictures if p.split == split and not p.image) for split in SPLITS}
+    missing: dict[tuple[str, str], Picture] = {}
+    images: dict[str, dict[str, str]] = {}
+    for split, record in records.items():
+        images[split] = {}
+        for item in record.items.values():
+            name = item.image_name
+            # A readable picture elsewhere goes before an unreadable one of the split's own.
+            picture = (resolve(name, split, found) or resolve(name, split, unreadable)) if name else None
+            if name and picture is None:
+                detail = f"no such file; named by item {item.item_id}"
+                picture = missing.setdefault((split, name), Picture(split, name, None, "", "missing", detail))
+            if picture:
+                picture.is_named = True
+            images[split][item.item_id] = picture.image if picture else ""
+    pictures.extend(missing.values())
+    return images
+
+
+def write_records(data_dir: Path, records: dict[str, Records], images: dict[str, dict[str, str]]) -> None:
+    """Publish items and pairs of each split, those of train and valid once more for `split` to draw from."""
+    for split, record in records.items():
+        folders = [data_dir] if split == "test" else [data_dir / HANDED_OUT, data_dir]
+        for folder in folders:
+            with publish(item_file(folder, split)) as file:
+                for row, item_id in zip(record.rows, map(row_id, record.rows), strict=True):
+                    file.write(info_row(row, images[split][item_id]))
+            with publish(pair_file(folder, split)) as file:
+                file.writelines(map(pair_row, record.pairs))
+
+
+def row_id(row: dict[str, Any]) -> str:
+    return parse_item(row, "").item_id
+
+
+def write_ledger(path: Path, pictures: list[Picture]) -> None:
+    """Publish one row a picture, by split and name. Last of all: a data folder with a ledger is whole."""
+    with publish(path) as file:
+        for picture in sorted(pictures, key=lambda picture: (picture.split, picture.name, picture.path)):
+            file.write(orjson.dumps(picture.row()) + b"\n")
+
+
+def clear_earlier(data_dir: Path, splits: Iterable[str], has_answers: bool) -> None:
+    """Take back what says that an earlier set is whole, and its drawn split. Raises UserError if it had more splits.
+
+    Splits of two runs must not mix: the pictures of one could replace the other's.
+    """
+    places = {split: item_file(data_dir if split == "test" else data_dir / HANDED_OUT, split) for split in SPLITS}
+    earlier = [path for split, path in places.items() if split not in splits]
+    earlier += [] if has_answers else [data_dir / ANSWERS]
+    for path in earlier:
+        if path.exists():
+            raise UserError(f"{path}: from an earlier run, but the raw folder has none; name another --data folder")
+    drawn = data_dir / "split.json"
+    if drawn.exists():
+        for split in ("train", "valid"):
+            item_file(data_dir, split).unlink(missing_ok=True)
+            pair_file(data_dir, split).unlink(missing_ok=True)
+        drawn.unlink()
+    (data_dir / "ledger.jsonl").unlink(missing_ok=True)
+
+
+def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
+    """Make `data_dir` from `raw_dir` and return the closing lines. Raises UserError before anything is changed."""
+    present = {split: found for split in SPLITS if (found := read_split(raw_dir, split))}
+    if not present:
+        raise UserError(
+            f"{raw_dir}: no item_{{train,valid,test}}_info.jsonl, _pair.jsonl and _images.zip here; {ADVICE}"
+        )
+    records = {split: record for split, (record, _) in present.items()}
+    sources = {split: source for split, (_, source) in present.items()}
+    answers = raw_dir / ANSWERS
+    answer_pairs = read_pairs(answers, advice=ADVICE) if answers.is_file() else []
+    images = data_dir / "images"
+    check_writable(images)
+    clear_earlier(data_dir, present, bool(answer_pairs))
+    pictures = list_pictures(sources)
+    assign_names(pictures, sources)
+    convert_all(pictures, sources, images, size, workers)
+    linked = link_pictures(records, pictures)
+    write_records(data_dir, records, linked)
+    if answer_pairs:
+        with publish(data_dir / ANSWERS) as file:
+            file.writelines(map(pair_row, answer_pairs))
+    write_ledger(data_dir / "ledger.jsonl", pictures)
+    return summary(data_dir, pictures, linked)
+
+
+def summary(data_dir: Path, pictures: list[Picture], linked: dict[str, dict[str, str]]) -> str:
+    """What was made, what is wrong with it, and what to type next."""
+    counts = Counter(picture.status for picture in pictures)
+    statuses = ", ".join(f"{status} {counts[status]:,}" for status in STATUSES)
+    unnamed = sum(not picture.is_named for picture in pictures)
+    bare = sum(not image for by_id in linked.values() for image in by_id.values())
+    items = ", ".join(f"{split} {len(by_id):,}" for split, by_id in linked.items())
+    verb = "split" if {"train", "valid"} & set(linked) else "predict"
+    return (
+        f"pictures: {statuses} (each with its reason in {data_dir / 'ledger.jsonl'}); {unnamed:,} that no item names\n"
+        f"items: {items}; {bare:,} without a picture\n"
+        f"next: ./entrypoint.sh {verb} --data {data_dir}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def count(text: str) -> int:
+    """A whole number from 1 to 4096, for argparse."""
+    if not 1 <= int(text) <= 4096:
+        raise ValueError
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The verb. Raises UserError for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="./entrypoint.sh resize", description="Pictures, items and pairs in the form train reads."
+    )
+    parser.add_argument("--raw", type=Path, default=Path("data/raw"), help="the organiser's files (%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where the result goes (%(default)s)")
+    parser.add_argument("--size", type=count, default=384, help="side of the square pictures (%(default)s)")
+    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    arguments = parser.parse_args(argv)
+    print(resize(arguments.raw, arguments.data, arguments.size, arguments.workers))
+    return 0
