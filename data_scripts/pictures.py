@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
 from tongkuan.files import UserError
 
 MAX_PIXELS = 100_000_000

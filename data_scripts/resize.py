@@ -22,6 +22,8 @@ from typing import Any, TypeAlias
 
 import orjson
 from pictures import Source, UnreadableError, find_source, fold, path_tails, safe_name, squash
+from tqdm import tqdm
+
 from tongkuan.files import UserError, check_writable, publish
 from tongkuan.records import (
     Item,
@@ -35,7 +37,6 @@ from tongkuan.records import (
     read_pairs,
     read_rows,
 )
-from tqdm import tqdm
 
 STATUSES = ("ok", "repaired", "unreadable", "missing", "duplicate")
 SPLITS = ("train", "valid", "test")

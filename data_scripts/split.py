@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 from resize import HANDED_OUT
+
 from tongkuan.files import UserError, publish
 from tongkuan.records import (
     Item,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from tongkuan import files
 from tongkuan.files import UserError, check_writable, publish, sha256_of, unwritable
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tongkuan.files import UserError
 from tongkuan.records import (
     TEN_KEYS,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 from scripts import load_script
+
 from tongkuan.files import UserError
 
 resize = load_script("resize")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import load_script
+
 from tongkuan.files import UserError
 from tongkuan.records import Pair, read_items, read_pairs
 

@@ -104,6 +104,8 @@ class TrainSettings(Section):
     """Of the two linear layers; learning_rate when empty."""
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
     """Where the cosine ends."""
+    whiten: bool = False
+    """Start the two linear layers from the spread of the encoders' features over training items."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear rise over the cosine; a shorter run only sees the rise."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
@@ -162,7 +164,8 @@ def load_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)}); mend the line") from error
+        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise UserError(f"{path}{line}: not YAML ({reason}); mend the line") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections model, train, data; found {clip(values)}")
     origins = {loc: f"{path}:{line}" for loc, line in key_lines(root)}

@@ -46,12 +46,13 @@ class Batch:
 
 def character_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """One token a character, the most frequent first: for a text encoder that starts from nothing."""
-    counts = Counter(character for text in texts for character in text)
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    counts = Counter(character for text in texts for character in normalizer.normalize_str(text))
     ordered = sorted(counts, key=lambda character: (-counts[character], character))
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ordered]
     tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s|(?s:.)"), behavior="isolated")
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
     return tokenizer
 

@@ -74,19 +74,32 @@ def is_launched() -> bool:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `python -m tongkuan ARGUMENTS` on `count` ranks of this machine; the first failed rank's exit code, or 0."""
-    from torch.distributed import run as torchrun
+    """Run `python -m tongkuan ARGUMENTS` on `count` ranks of this machine; the first failed rank's exit code, or 0.
+
+    This is torchrun called from Python: its command line would swallow options of ours that look like its own.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The failed rank has said in one line what is wrong; the launcher's own banner would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // count)))
-    options = ["--standalone", f"--nproc-per-node={count}", "-m", "tongkuan", *arguments]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container without network cannot look up its own name
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id="tongkuan",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
     try:
-        torchrun.run(torchrun.parse_args(options))
+        elastic_launch(config, sys.executable)("-m", "tongkuan", *arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        sys.stdout.flush()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
 

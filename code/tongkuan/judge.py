@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from tongkuan.files import UserError
 from tongkuan.metrics import quality_at
@@ -33,7 +32,7 @@ spec.loader.exec_module(module)
 with open(result, encoding="utf-8") as rows, open(scores, "w", encoding="utf-8") as out:
     for row in map(json.loads, filter(str.strip, rows)):
         score = module.compute(json.loads(row["src_item_emb"]), json.loads(row["tgt_item_emb"]))
-        out.write(json.dumps([float(score), float(row["threshold"])]) + "\\n")
+        out.write(f"{float(score)!r} {float(row['threshold'])!r}\\n")
 """
 
 
@@ -107,8 +106,7 @@ def run_similarity(submit_dir: Path, count: int) -> tuple[np.ndarray, np.ndarray
         if done.returncode:
             last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
             raise UserError(f"{similarity}: failed with exit code {done.returncode} ({clip(last, 120)}); mend it")
-        rows = [orjson.loads(line) for line in out.read_bytes().splitlines()]
-    if len(rows) != count or not all(isinstance(value, float) for row in rows for value in row):
-        raise UserError(f"{similarity}: gave {len(rows)} scores for {count} pairs or something not finite; mend it")
-    table = np.array(rows, dtype=np.float64)
+        table = np.loadtxt(out, dtype=np.float64, ndmin=2)
+    if len(table) != count or not np.isfinite(table).all():
+        raise UserError(f"{similarity}: gave {len(table)} scores for {count} pairs or something not finite; mend it")
     return table[:, 0], table[:, 1]

@@ -4,6 +4,7 @@ p is the threshold tower's embedding, q the commodity tower's; p_a.p_b is the pa
 """
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,16 @@ class Tower(nn.Module):
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """images float (N, 3, S, S) normalised; ids and mask int64 (N, T). Returns float (N, embedding_size)."""
+        return self.head(self.features(images, ids, mask))  # type: ignore[no-any-return]
+
+    def features(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """What the encoders say, text first: float (N, width of the head)."""
         parts = []
         if self.text is not None:
             parts.append(self.text(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])  # [CLS] (N, H)
         if self.image is not None:
             parts.append(self.image(images))  # (N, F)
-        return self.head(torch.cat(parts, dim=1))  # type: ignore[no-any-return]
+        return torch.cat(parts, dim=1)
 
 
 class TwoTowers(nn.Module):
@@ -77,6 +82,25 @@ def pair_scores(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArra
     return scores
 
 
+@torch.no_grad()
+def whiten_head(head: nn.Linear, features: Tensor, norm: float = 2.0, floor: float = 0.01) -> None:
+    """Set a head so that the embeddings of `features` (N, W) have mean 0, no preferred direction and about `norm`.
+
+    All items start alike to an encoder that was never asked to tell them apart: their common part drowns the
+    differences, and an inner product of raw features is in the hundreds. Data-dependent initialisation after
+    Krähenbühl et al. (arXiv 1511.06856), by principal components; those below `floor` of the mean variance are noise
+    and are not raised further.
+    """
+    mean = features.double().mean(dim=0)
+    variances, directions = torch.linalg.eigh(torch.cov((features.double() - mean).T))
+    whitener = directions / variances.clamp(min=floor * float(variances.mean())).sqrt()  # (W, W)
+    size, width = head.weight.shape
+    mixing = torch.randn(size, width, dtype=torch.float64) * norm / math.sqrt(size * width)
+    weight = mixing @ whitener.T
+    head.weight.copy_(weight)
+    head.bias.copy_(-weight @ mean)
+
+
 def build(settings: ModelSettings, text_config: Mapping[str, Any] | None, pretrained: bool) -> TwoTowers:
     """The network of `settings`; `text_config` is the resolved transformers configuration (None without texts).
 
@@ -94,7 +118,7 @@ def checkpoint_activations(model: TwoTowers) -> None:
     """Keep no inner activations of the four encoders for backward; recompute them."""
     for tower in (model.threshold, model.commodity):
         if tower.text is not None:
-            tower.text.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            tower.text.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if tower.image is not None:
             tower.image.set_grad_checkpointing(True)  # type: ignore[operator]
 

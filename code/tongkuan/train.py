@@ -22,12 +22,14 @@ from tongkuan.checkpoint import ModelCard, Run, save_model
 from tongkuan.config import Settings, TrainSettings
 from tongkuan.data import Batch, ItemStore, augment, build_tokenizer, normalised, open_store, prefetch
 from tongkuan.distributed import Ranks, ranks
-from tongkuan.encode import autocast, distinct_items, encode, scores_of
+from tongkuan.encode import autocast, distinct_items, encode, length_batches, one_thread_each, scores_of
 from tongkuan.evaluate import labels_of
 from tongkuan.files import UserError, check_writable, publish
 from tongkuan.metrics import average_precision, best_threshold, quality_at
-from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of
+from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
 from tongkuan.records import Pair, item_file, item_text, pair_file, read_items, read_pairs
+
+WHITEN_BATCHES = 24  # of encode_batch items: more than any head is wide, and quick
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +166,10 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
         model = build(settings.model, task.card.text_config, pretrained=True).to(fellows.device)
         if settings.train.checkpoint_activations:
             checkpoint_activations(model)
-        torch.manual_seed(settings.train.seed + 1 + fellows.rank)  # dropout differs from rank to rank
         run = Run(run_dir, settings, fellows)
+        if settings.train.whiten and not run.last.exists():
+            whiten(model, task, settings, fellows)
+        torch.manual_seed(settings.train.seed + 1 + fellows.rank)  # dropout differs from rank to rank
         learn(model, task, settings, fellows, run)
         run.close()
         if fellows.is_first:
@@ -176,6 +180,22 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
                     print(complaint)
             print(f"{model_path}: best of {settings.train.steps} steps, valid F1 {run.best_f1:.4f}")
             print(f"next: ./entrypoint.sh predict --data {data_dir} --model {model_path}")
+
+
+def whiten(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks) -> None:
+    """whiten_head of both towers on the first training items by id; the same on every rank."""
+    item_ids = distinct_items(task.train_pairs)
+    chosen = sorted(item_ids)[: settings.data.encode_batch * WHITEN_BATCHES]
+    model.eval()
+    with one_thread_each(), torch.no_grad():
+        features: list[list[Tensor]] = [[], []]
+        for item_batch in length_batches(task.train_store, chosen, settings.data.encode_batch):
+            batch = task.train_store.batch(item_batch).to(fellows.device)
+            images = normalised(batch, settings.model.image)
+            for found, tower in zip(features, (model.threshold, model.commodity), strict=True):
+                found.append(tower.features(images, batch.ids, batch.mask).cpu())
+        for found, tower in zip(features, (model.threshold, model.commodity), strict=True):
+            whiten_head(tower.head, torch.cat(found))
 
 
 class Learner:

@@ -1,0 +1,26 @@
+"""Run verbs as a user does: a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(CODE), "PYTHONWARNINGS": "ignore"}
+
+
+def run_verb(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`./entrypoint.sh WORDS` without the shell script; exit code and what it printed."""
+    command = [sys.executable, "-m", "tongkuan", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=timeout, stdin=subprocess.DEVNULL
+    )
+
+
+def ok(done: subprocess.CompletedProcess[str]) -> str:
+    """Its output, after it has exited with 0."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

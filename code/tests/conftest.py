@@ -1,0 +1,36 @@
+"""Fixtures: a small data folder and a model trained on it, made once."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # worlds.py, scripts.py
+
+from worlds import make_data, tiny_settings
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder that no test writes to."""
+    return make_data(tmp_path_factory.mktemp("world") / "data")
+
+
+@pytest.fixture(scope="session")
+def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of six steps."""
+    from tongkuan.train import train
+
+    folder = tmp_path_factory.mktemp("model")
+    train(tiny_settings(folder), data, folder / "run", folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A test that changes torch's threads must not change another's bits."""
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads

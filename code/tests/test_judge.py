@@ -1,0 +1,139 @@
+"""judge.py: the contract row by row, and the score by a stranger's similarity.py."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tongkuan.files import UserError
+from tongkuan.judge import check, score
+from tongkuan.model import TOP, pair_scores
+from tongkuan.records import format_embedding
+
+SIMILARITY = (TOP / "submit" / "similarity.py").read_text(encoding="utf-8")
+ROWS = [
+    ("a", "b", "1", [1.0, 0.0, 2.0, 1.0], [0.0, 0.0, 1.5, 0.0]),
+    ("a", "c", "0", [1.0, 0.0, 2.0, 1.0], [3.0, 0, 1, 0]),
+]
+
+
+@pytest.fixture
+def submit(tmp_path: Path) -> Path:
+    """A right result of two pairs: scores 3.0 and -1.0 at threshold 0.5."""
+    folder = tmp_path / "submit"
+    folder.mkdir()
+    (folder / "similarity.py").write_text(SIMILARITY, encoding="utf-8")
+    write(folder, [row(*fields) for fields in ROWS])
+    pairs = [{"src_item_id": a, "tgt_item_id": b, "item_label": label} for a, b, label, *_ in ROWS]
+    (tmp_path / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(pair) + b"\n" for pair in pairs))
+    return folder
+
+
+def row(left: str, right: str, _: str, left_embedding: list[float], right_embedding: list[float]) -> dict[str, object]:
+    texts = {"src_item_emb": str(left_embedding), "tgt_item_emb": str(right_embedding)}
+    return {"src_item_id": left, "tgt_item_id": right, "threshold": 0.5, **texts}
+
+
+def write(submit: Path, rows: list[dict[str, object]]) -> None:
+    (submit / "result.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in rows))
+
+
+def test_a_right_result_passes_and_scores(submit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(submit, submit.parent / "pairs.jsonl")
+    assert score(submit, submit.parent / "pairs.jsonl") == 1.0
+    assert "2 rows keep the contract" in capsys.readouterr().out
+
+
+def test_rows_may_come_in_any_order(submit: Path) -> None:
+    write(submit, [row(*fields) for fields in reversed(ROWS)])
+    assert score(submit, submit.parent / "pairs.jsonl") == 1.0
+
+
+def drop_last(rows: list[dict[str, object]]) -> None:
+    rows.pop()
+
+
+def change(key: str, value: object) -> Callable[[list[dict[str, object]]], None]:
+    def apply(rows: list[dict[str, object]]) -> None:
+        rows[1][key] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop_last, "1 pairs are missing, first ('a', 'c')"),
+        (lambda rows: rows.append(rows[0]), ":3: pair ('a', 'b') stands here too often"),
+        (change("tgt_item_id", "z"), ":2: ('a', 'z') is not a pair of"),
+        (change("src_item_emb", "[1, 0, 2, 9]"), ":2: item 'a' has another embedding"),
+        (change("src_item_emb", [1.0, 0.0]), ":2: src_item_emb must be a string"),
+        (change("tgt_item_emb", "[1, 2]"), ":2: an embedding of 2 numbers among some of 4"),
+        (change("tgt_item_emb", "[1, 2"), ":2: tgt_item_emb is not a JSON list"),
+        (change("tgt_item_emb", "[NaN, 1, 1, 1]"), ":2: tgt_item_emb is not a JSON list"),
+        (change("tgt_item_emb", '["1", 1, 1, 1]'), ":2: tgt_item_emb holds something that is not a number"),
+        (change("tgt_item_emb", str([0.0] * 1025)), ":2: tgt_item_emb must hold 1 to 1024 numbers"),
+        (change("threshold", "0.5"), ":2: threshold must be a number"),
+        (change("threshold", True), ":2: threshold must be a number"),
+    ],
+)
+def test_each_breach_of_the_contract_is_named_with_its_line(
+    submit: Path, spoil: Callable[[list[dict[str, object]]], None], message: str
+) -> None:
+    rows = [row(*fields) for fields in ROWS]
+    spoil(rows)
+    write(submit, rows)
+    with pytest.raises(UserError) as caught:
+        check(submit, submit.parent / "pairs.jsonl")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def compute(a, b): raise ValueError('no')", "failed with exit code 1 ('ValueError: no')"),
+        ("import os; os._exit(3)", "failed with exit code 3"),
+        ("def compute(a, b): return 'x'", "failed with exit code 1"),
+        ("def compute(a, b): return float('nan')", "not finite"),
+    ],
+)
+def test_a_strangers_similarity_that_fails_is_reported(submit: Path, code: str, message: str) -> None:
+    (submit / "similarity.py").write_text(code, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        score(submit, submit.parent / "pairs.jsonl")
+    assert message in str(caught.value)
+
+
+def test_a_similarity_that_never_ends_is_bounded(submit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tongkuan.judge.START_SECONDS", 1)
+    (submit / "similarity.py").write_text("while True: pass", encoding="utf-8")
+    with pytest.raises(UserError, match="not done after 1 s"):
+        score(submit, submit.parent / "pairs.jsonl")
+
+
+def test_what_a_similarity_prints_is_not_taken_for_scores(submit: Path) -> None:
+    (submit / "similarity.py").write_text("print('[9, 9]')\n" + SIMILARITY, encoding="utf-8")
+    assert score(submit, submit.parent / "pairs.jsonl") == 1.0
+
+
+def test_a_similarity_cannot_reach_our_packages_by_accident(submit: Path) -> None:
+    (submit / "similarity.py").write_text("import tongkuan", encoding="utf-8")
+    with pytest.raises(UserError, match="No module named 'tongkuan'"):
+        score(submit, submit.parent / "pairs.jsonl")
+
+
+FLOATS = st.lists(st.floats(-100, 100, width=32), min_size=4, max_size=4)
+
+
+@given(FLOATS, FLOATS)
+def test_the_judges_score_is_ours(left: list[float], right: list[float]) -> None:
+    namespace: dict[str, Callable[[list[float], list[float]], float]] = {}
+    exec(SIMILARITY, namespace)  # our own file
+    a, b = (np.array([side], dtype=np.float32) for side in (left, right))
+    texts = [orjson.loads(format_embedding(side[0])) for side in (a, b)]
+    assert namespace["compute"](*texts) == pytest.approx(pair_scores(a, b)[0], rel=1e-6, abs=1e-3)
+    assert namespace["compute"](*texts) == namespace["compute"](*reversed(texts))

@@ -1,0 +1,229 @@
+"""train.py: schedule, batches, ranks, exact resume."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from commands import environment, ok, run_verb
+from safetensors.torch import load_file
+from worlds import tiny_preset, tiny_settings
+
+from tongkuan.config import Precision, TrainSettings
+from tongkuan.distributed import Ranks
+from tongkuan.files import UserError
+from tongkuan.train import Part, global_batch, learning_rate_at, load_task, parts, train
+
+CPU = torch.device("cpu")
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    return [orjson.loads(line) for line in (run_dir / "metrics.jsonl").read_bytes().splitlines()]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in metrics_of(run_dir) if "loss" in row]
+
+
+def state_bytes(run_dir: Path) -> dict[str, bytes]:
+    """All that a run leaves, as comparable bytes."""
+    state = torch.load(run_dir / "last.pt", weights_only=True)
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in state["model"].items()}
+    for number, moments in state["optimizer"]["state"].items():
+        tensors |= {f"{number}.{name}": value.numpy().tobytes() for name, value in moments.items()}
+    files = {name: (run_dir / name).read_bytes() for name in ("best.safetensors", "metrics.jsonl")}
+    return tensors | files
+
+
+def test_the_learning_rate_falls_as_a_cosine_from_peak_to_final() -> None:
+    settings = TrainSettings()
+    assert learning_rate_at(0, 2e-6, settings) == pytest.approx(2e-6)
+    assert learning_rate_at(50_000, 2e-6, settings) == pytest.approx((2e-6 + 1e-7) / 2)
+    assert learning_rate_at(100_000, 2e-6, settings) == pytest.approx(1e-7)
+    quarter = 1e-7 + (2e-6 - 1e-7) * (1 + math.cos(math.pi / 4)) / 2
+    assert learning_rate_at(25_000, 2e-6, settings) == pytest.approx(quarter)
+    warm = TrainSettings(warmup_steps=9)
+    assert learning_rate_at(0, 2e-6, warm) == pytest.approx(2e-7)
+
+
+def test_every_epoch_visits_each_pair_once_in_an_order_of_its_own() -> None:
+    settings = TrainSettings(pairs=4, seed=3)
+    order = [index for step in range(10) for index in global_batch(step, 10, settings)]
+    epochs = [order[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_ranks_and_parts_share_out_the_global_batch(data: Path, tmp_path: Path) -> None:
+    task = load_task(tiny_settings(tmp_path), data)
+    options = TrainSettings(steps=3, pairs=4, accumulate=2)
+
+    def all_pairs(count: int) -> list[list[Part]]:
+        by_rank = [list(parts(task, options, Ranks(rank, count, CPU), 0)) for rank in range(count)]
+        return [[part for rank in by_rank for part in rank if part.step == step] for step in range(3)]
+
+    for one, two in zip(all_pairs(1), all_pairs(2), strict=True):
+        assert [pair for part in one for pair in part.pairs] == [pair for part in two for pair in part.pairs]
+        assert sorted(row for part in two for row in part.rows) == list(range(8))
+
+
+def test_training_learns(data: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(
+        tmp_path, "train.steps=60", "train.pairs=8", "train.learning_rate=3e-3", "train.validate_every=60"
+    )
+    train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")
+    losses = losses_of(tmp_path / "run")
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    valid = [row for row in metrics_of(tmp_path / "run") if "valid_f1" in row]
+    assert valid[-1]["valid_f1"] > 0.8
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tiny_settings(tmp_path, f"train.seed={seed}"), data, tmp_path / name, tmp_path / f"{name}.safetensors")
+    first, again, other = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "abc")
+    assert first == again != other
+
+
+def test_parts_change_memory_not_the_result(data: Path, tmp_path: Path) -> None:
+    for name, accumulate in (("whole", 1), ("parts", 2)):
+        settings = tiny_settings(tmp_path, f"train.accumulate={accumulate}")
+        train(settings, data, tmp_path / name, tmp_path / f"{name}.safetensors")
+    assert losses_of(tmp_path / "whole") == pytest.approx(losses_of(tmp_path / "parts"), abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_train_near_fp32(data: Path, tmp_path: Path, precision: Precision) -> None:
+    for name in ("fp32", precision):
+        settings = tiny_settings(tmp_path, f"train.precision={name}", "train.checkpoint_activations=true")
+        train(settings, data, tmp_path / name, tmp_path / f"{name}.safetensors")
+    assert losses_of(tmp_path / precision)[0] == pytest.approx(losses_of(tmp_path / "fp32")[0], rel=0.05)
+    assert all(math.isfinite(loss) for loss in losses_of(tmp_path / precision))
+
+
+def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
+    """Losses over 20 steps of the same global batch agree to 1e-5."""
+    preset = tiny_preset(tmp_path)
+    for count in (1, 2):
+        run_dir = tmp_path / f"ranks{count}"
+        words = ("--preset", preset, "--data", data, "--run", run_dir, "--model", run_dir / "m.safetensors")
+        ok(
+            run_verb(
+                "train", *words, "--nproc", count, "train.steps=20", "train.pairs=8", "train.augmentation.crop=0.2"
+            )
+        )
+    one, two = losses_of(tmp_path / "ranks1"), losses_of(tmp_path / "ranks2")
+    assert len(one) == 20
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_a_run_killed_anywhere_and_started_again_ends_bit_identical(data: Path, tmp_path: Path) -> None:
+    """SIGKILL at several moments of one run, dropout and augmentation on, against an unbroken run."""
+    overrides = (
+        "train.steps=12",
+        "train.augmentation.flip=0.5",
+        "model.text.config.hidden_dropout_prob=0.1",
+        "model.image.arguments.drop_path_rate=0.2",
+    )
+    preset = tiny_preset(tmp_path)
+
+    def command(run_dir: Path) -> list[str]:
+        words = ["--preset", str(preset), "--data", str(data), "--run", str(run_dir)]
+        return [
+            sys.executable,
+            "-m",
+            "tongkuan",
+            "train",
+            *words,
+            "--model",
+            str(run_dir / "m.safetensors"),
+            *overrides,
+        ]
+
+    ok(run_verb(*command(tmp_path / "unbroken")[3:]))
+    broken = tmp_path / "broken"
+    kills, finished = 0, False
+    for step in (2, 4, 6, 8):
+        process = subprocess.Popen(
+            command(broken), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None and last_step(broken) < step:
+            time.sleep(0.005)
+        time.sleep(0.01 * step)  # a different place within a step each time
+        finished = process.poll() is not None
+        if not finished:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2, "the run must have been killed under way"
+    ok(run_verb(*command(broken)[3:]))
+    assert state_bytes(broken) == state_bytes(tmp_path / "unbroken")
+    assert (broken / "m.safetensors").read_bytes() == (tmp_path / "unbroken" / "m.safetensors").read_bytes()
+
+
+def last_step(run_dir: Path) -> int:
+    """Of the newest checkpoint, 0 without one."""
+    try:
+        return int(torch.load(run_dir / "last.pt", weights_only=True)["step"])
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_finished_run_started_again_only_puts_its_model_in_place(data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    train(tiny_settings(tmp_path), data, tmp_path / "run", model)
+    before = model.read_bytes()
+    model.unlink()
+    train(tiny_settings(tmp_path), data, tmp_path / "run", model)
+    assert model.read_bytes() == before
+
+
+def test_a_run_folder_of_other_settings_is_refused_by_name(data: Path, tmp_path: Path) -> None:
+    train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"a run of other settings \(train\.learning_rate\)"):
+        other = tiny_settings(tmp_path, "train.learning_rate=5e-3")
+        train(other, data, tmp_path / "run", tmp_path / "model.safetensors")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(data: Path, tmp_path: Path) -> None:
+    train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model.safetensors")
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.pt: damaged"):
+        train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model.safetensors")
+
+
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused(data: Path, tmp_path: Path) -> None:
+    done = run_verb(
+        "train",
+        "--preset",
+        tiny_preset(tmp_path),
+        "--data",
+        data,
+        "--run",
+        tmp_path / "r",
+        "--model",
+        tmp_path / "m.safetensors",
+        "--nproc",
+        2,
+        "train.pairs=5",
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "multiple of 2" in done.stderr
+
+
+def test_the_kept_model_is_the_best_and_carries_its_threshold(model: Path) -> None:
+    from tongkuan.checkpoint import load_model
+
+    _, card = load_model(model)
+    rows = [row for row in metrics_of(model.parent / "run") if "valid_f1" in row]
+    best = max(rows, key=lambda row: row["valid_f1"])
+    assert (card.threshold, card.facts["step"]) == (best["threshold"], best["step"])
+    assert load_file(model).keys() == load_file(model.parent / "run" / "best.safetensors").keys()
