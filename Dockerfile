@@ -31,6 +31,7 @@ RUN [ "${REQUIRE_CUDA}" != 1 ] \
 
 FROM system AS app
 # The hub is off: what a run needs lies in weights/. HOME and USER serve any --user, also one without a passwd entry.
+# With --network none the host has no name, and each rank would warn about that twice.
 ENV TONGKUAN_PYTHON=/opt/venv/bin/python \
     PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -40,7 +41,8 @@ ENV TONGKUAN_PYTHON=/opt/venv/bin/python \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     HOME=/tmp \
-    USER=tongkuan
+    USER=tongkuan \
+    TORCH_CPP_LOG_LEVEL=ERROR
 WORKDIR /app
 RUN groupadd --gid 10001 tongkuan \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tongkuan
@@ -52,6 +54,8 @@ COPY --chmod=755 dat[a] data
 COPY --chmod=755 README.md LICENSE entrypoint.sh ./
 COPY --chmod=755 submit submit
 COPY --chmod=755 data_scripts data_scripts
+# A folder mounted over submit/ hides its similarity.py; predict takes the spare one then.
+COPY --chmod=755 submit/similarity.py code/
 # By name, since code/ as a whole would bring the wheelhouse.
 COPY --chmod=755 code/*.toml code/*.lock code/*.md code/
 COPY --chmod=755 code/presets code/presets

@@ -74,7 +74,7 @@ run_tests() { # [PYTEST_ARGUMENT...]
         "$python" -P -m ruff format --check "${options[@]}"
         "$python" -P -m ruff check "${options[@]}"
         "$python" -P -m mypy --strict --config-file code/pyproject.toml --cache-dir "$mypy_cache" \
-            code/tongkuan data_scripts submit/similarity.py
+            code/tongkuan data_scripts
     )
     exec "$python" -P -m pytest -c "$config" --rootdir "$top/code" -p no:cacheprovider -m "not slow" "${tests[@]}" "$@"
 }

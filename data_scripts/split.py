@@ -19,6 +19,7 @@ from tongkuan.files import UserError, publish
 from tongkuan.records import (
     Item,
     Pair,
+    components,
     info_row,
     item_file,
     pair_file,
@@ -110,23 +111,8 @@ def clean(pairs: Iterable[Pair]) -> Cleaned:
 
 
 def find_components(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs grouped so that no item is in two groups, by union-find; groups in the order of their first pair."""
-    parents: dict[str, str] = {}
-
-    def find(item_id: str) -> str:
-        parents.setdefault(item_id, item_id)
-        while parents[item_id] != item_id:
-            parents[item_id] = parents[parents[item_id]]  # halving the path keeps long chains cheap
-            item_id = parents[item_id]
-        return item_id
-
-    for pair in pairs:
-        left, right = find(pair.left), find(pair.right)
-        parents[max(left, right)] = min(left, right)
-    groups: dict[str, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        groups[find(pair.left)].append(pair)
-    return list(groups.values())
+    """Pairs grouped so that no item is in two groups; groups in the order of their first pair."""
+    return [[pairs[index] for index in group] for group in components(pairs)]
 
 
 def draw(components: Sequence[list[Pair]], ratio: float, seed: int) -> tuple[list[list[Pair]], list[list[Pair]]]:

@@ -18,7 +18,8 @@ from worlds import tiny_preset, tiny_settings
 from tongkuan.config import Precision, TrainSettings
 from tongkuan.distributed import Ranks
 from tongkuan.files import UserError
-from tongkuan.train import Part, global_batch, learning_rate_at, load_task, parts, train
+from tongkuan.records import Pair
+from tongkuan.train import BatchDraw, Part, learning_rate_at, load_task, parts, train
 
 CPU = torch.device("cpu")
 
@@ -52,27 +53,45 @@ def test_the_learning_rate_falls_as_a_cosine_from_peak_to_final() -> None:
     assert learning_rate_at(0, 2e-6, warm) == pytest.approx(2e-7)
 
 
-def test_every_epoch_visits_each_pair_once_in_an_order_of_its_own() -> None:
-    settings = TrainSettings(pairs=4, seed=3)
-    order = [index for step in range(10) for index in global_batch(step, 10, settings)]
-    epochs = [order[start : start + 10] for start in range(0, 40, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
+@pytest.mark.parametrize("draw", ["random", "component"])
+def test_every_epoch_visits_each_pair_once_in_an_order_of_its_own(draw: str) -> None:
+    pairs = [Pair(f"{index // 3}-{index % 3}", f"{index // 3}-x", 0) for index in range(12)]
+    batches = BatchDraw(pairs, TrainSettings(pairs=5, seed=3, draw=draw))
+    order = [pair for step in range(12) for pair in batches.batch(step)]
+    epochs = [order[start : start + 12] for start in range(0, 60, 12)]
+    assert all(set(epoch) == set(pairs) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    later = BatchDraw(pairs, TrainSettings(pairs=5, seed=3, draw=draw))
+    assert later.batch(7) == order[35:40], "a resumed run draws what an unbroken one does"
+    if draw == "component":
+        groups = [pair.right for pair in epochs[0]]
+        assert all(len(set(groups[start : start + 3])) == 1 for start in range(0, 12, 3))
 
 
 def test_ranks_and_parts_share_out_the_global_batch(data: Path, tmp_path: Path) -> None:
     task = load_task(tiny_settings(tmp_path), data)
     options = TrainSettings(steps=3, pairs=4, accumulate=2)
 
-    def all_pairs(count: int) -> list[list[Part]]:
+    def by_step(count: int) -> list[list[Part]]:
         by_rank = [list(parts(task, options, Ranks(rank, count, CPU), 0)) for rank in range(count)]
         return [[part for rank in by_rank for part in rank if part.step == step] for step in range(3)]
 
-    for one, two in zip(all_pairs(1), all_pairs(2), strict=True):
+    for one, two in zip(by_step(1), by_step(2), strict=True):
         assert [pair for part in one for pair in part.pairs] == [pair for part in two for pair in part.pairs]
-        assert sorted(row for part in two for row in part.rows) == list(range(8))
+        rows = [{}, {}]  # of each item: the same wherever it is encoded
+        for found, whole in zip(rows, (one, two), strict=True):
+            for part in whole:
+                found.update(zip(part.item_ids, part.rows, strict=True))
+        assert rows[0] == rows[1]
+        for part in two:
+            sides = [
+                (part.item_ids[left], part.item_ids[right]) for left, right in zip(part.left, part.right, strict=True)
+            ]
+            assert sides == [(pair.left, pair.right) for pair in part.pairs]
+            assert len(set(part.item_ids)) == len(part.item_ids), "no item twice"
 
 
+@pytest.mark.slow
 def test_training_learns(data: Path, tmp_path: Path) -> None:
     settings = tiny_settings(
         tmp_path, "train.steps=60", "train.pairs=8", "train.learning_rate=3e-3", "train.validate_every=60"
@@ -123,6 +142,7 @@ def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
     assert two == pytest.approx(one, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_and_started_again_ends_bit_identical(data: Path, tmp_path: Path) -> None:
     """SIGKILL at several moments of one run, dropout and augmentation on, against an unbroken run."""
     overrides = (

@@ -100,10 +100,14 @@ class TrainSettings(Section):
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-6
+    image_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of the image encoders; learning_rate when empty."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of the two linear layers; learning_rate when empty."""
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
     """Where the cosine ends."""
+    draw: Literal["random", "component"] = "random"
+    """random: as published. component: pairs that share items meet in a batch, so fewer items are encoded."""
     whiten: bool = False
     """Start the two linear layers from the spread of the encoders' features over training items."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

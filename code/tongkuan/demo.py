@@ -27,7 +27,7 @@ def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: in
             sys.exit(code)
 
     step("sample", "--raw", raw)
-    step("resize", "--raw", raw, "--data", data)
+    step("resize", "--raw", raw, "--data", data, "--size", 96)  # the demo preset looks at 64 x 64
     step("split", "--data", data)
     answers = data / "item_test_answers.jsonl"
     figures = {}

@@ -83,7 +83,7 @@ def pair_scores(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArra
 
 
 @torch.no_grad()
-def whiten_head(head: nn.Linear, features: Tensor, norm: float = 2.0, floor: float = 0.01) -> None:
+def whiten_head(head: nn.Linear, features: Tensor, norm: float, floor: float = 0.1) -> None:
     """Set a head so that the embeddings of `features` (N, W) have mean 0, no preferred direction and about `norm`.
 
     All items start alike to an encoder that was never asked to tell them apart: their common part drowns the

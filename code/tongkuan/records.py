@@ -163,6 +163,26 @@ def read_pairs(
     return pairs
 
 
+def components(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Indices of pairs, grouped so that no item is in two groups (union-find); groups by their first pair."""
+    parents: dict[str, str] = {}
+
+    def find(item_id: str) -> str:
+        parents.setdefault(item_id, item_id)
+        while parents[item_id] != item_id:
+            parents[item_id] = parents[parents[item_id]]  # halving the path keeps long chains cheap
+            item_id = parents[item_id]
+        return item_id
+
+    for pair in pairs:
+        left, right = find(pair.left), find(pair.right)
+        parents[max(left, right)] = min(left, right)
+    groups: dict[str, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(find(pair.left), []).append(index)
+    return list(groups.values())
+
+
 def parse_label(row: Mapping[str, Any], where: str) -> int | None:
     """0, 1, or None when the line has no label."""
     value = row.get("item_label")

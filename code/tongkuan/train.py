@@ -6,7 +6,7 @@ Run the same command again after an interruption: it goes on from the last check
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -27,9 +28,11 @@ from tongkuan.evaluate import labels_of
 from tongkuan.files import UserError, check_writable, publish
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
-from tongkuan.records import Pair, item_file, item_text, pair_file, read_items, read_pairs
+from tongkuan.records import Pair, components, item_file, item_text, pair_file, read_items, read_pairs
 
 WHITEN_BATCHES = 24  # of encode_batch items: more than any head is wide, and quick
+
+WHITEN_NORMS = (0.3, 3.0)  # of the threshold and the commodity tower's embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,36 +75,61 @@ def learning_rate_at(step: int, peak: float, settings: TrainSettings) -> float:
     return cosine * min(1.0, (step + 1) / (settings.warmup_steps + 1))
 
 
-def global_batch(step: int, num_pairs: int, settings: TrainSettings) -> list[int]:
-    """Indices of the pairs of a step over all ranks: epochs of seeded permutations, end to end, nothing left out."""
-    first = step * settings.pairs
-    indices = []
-    for position in range(first, first + settings.pairs):
-        epoch, place = divmod(position, num_pairs)
-        indices.append((epoch, place))
-    orders = {epoch: np.random.default_rng((settings.seed, epoch)).permutation(num_pairs) for epoch, _ in indices}
-    return [int(orders[epoch][place]) for epoch, place in indices]
+class BatchDraw:
+    """Which pairs a step learns from: epochs in seeded orders, end to end, nothing left out."""
+
+    def __init__(self, pairs: Sequence[Pair], settings: TrainSettings) -> None:
+        self.pairs, self.settings = pairs, settings
+        groups = components(pairs) if settings.draw == "component" else []
+        self._groups = [np.array(group) for group in groups]
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def batch(self, step: int) -> list[Pair]:
+        """The pairs of a step over all ranks; the same whatever came before."""
+        first = step * self.settings.pairs
+        positions = [divmod(place, len(self.pairs)) for place in range(first, first + self.settings.pairs)]
+        epochs = {epoch for epoch, _ in positions}
+        self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self.order(epoch) for epoch in epochs}
+        return [self.pairs[int(self._orders[epoch][place])] for epoch, place in positions]
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Indices of all pairs in the order of an epoch; pairs of a component stand together if so asked."""
+        generator = np.random.default_rng((self.settings.seed, epoch))
+        if not self._groups:
+            return generator.permutation(len(self.pairs))
+        groups = [self._groups[index] for index in generator.permutation(len(self._groups))]
+        return np.concatenate([generator.permutation(group) for group in groups])
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One rank's forward: pairs, and the rows of their items in the global batch of 2 x pairs items."""
+    """One rank's forward: pairs, their distinct items, and where each pair's sides stand among those."""
 
     step: int
     pairs: list[Pair]
+    item_ids: list[str]
+    left: list[int]
+    right: list[int]
     rows: list[int]
+    """First place of each item among the 2 x pairs sides of the global batch: what augmentation goes by."""
 
 
 def parts(task: Task, settings: TrainSettings, fellows: Ranks, first_step: int) -> Iterator[Part]:
     """Every forward of this rank from `first_step` on, `accumulate` of them a step."""
     size = settings.pairs // (fellows.count * settings.accumulate)
+    draw = BatchDraw(task.train_pairs, settings)
     for step in range(first_step, settings.steps):
-        chosen = global_batch(step, len(task.train_pairs), settings)
+        chosen = draw.batch(step)
+        first_place: dict[str, int] = {}
+        for place, item_id in enumerate([pair.left for pair in chosen] + [pair.right for pair in chosen]):
+            first_place.setdefault(item_id, place)
         for number in range(settings.accumulate):
             start = (fellows.rank * settings.accumulate + number) * size
-            places = range(start, start + size)
-            rows = [*places, *(settings.pairs + place for place in places)]  # left items, then right items
-            yield Part(step, [task.train_pairs[chosen[place]] for place in places], rows)
+            pairs = chosen[start : start + size]
+            item_ids = distinct_items(pairs)
+            place_of = {item_id: place for place, item_id in enumerate(item_ids)}
+            left, right = [place_of[pair.left] for pair in pairs], [place_of[pair.right] for pair in pairs]
+            yield Part(step, pairs, item_ids, left, right, [first_place[item_id] for item_id in item_ids])
 
 
 Loaded = tuple[Part, Batch, Tensor]
@@ -131,15 +159,18 @@ def validate(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, r
 
 
 def make_optimizer(model: TwoTowers, settings: TrainSettings) -> torch.optim.Adam:
-    """Adam with the encoders in one group and the two linear layers in another."""
-    head = {id(p) for tower in (model.threshold, model.commodity) for p in tower.head.parameters()}
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) not in head], "peak": settings.learning_rate},
-        {
-            "params": [p for p in model.parameters() if id(p) in head],
-            "peak": settings.head_learning_rate or settings.learning_rate,
-        },
-    ]
+    """Adam with text encoders, image encoders and linear layers in groups of their own."""
+    peaks = {
+        "text": settings.learning_rate,
+        "image": settings.image_learning_rate or settings.learning_rate,
+        "head": settings.head_learning_rate or settings.learning_rate,
+    }
+    groups = []
+    for part, peak in peaks.items():
+        modules = (getattr(tower, part) for tower in (model.threshold, model.commodity))
+        parameters = [p for module in modules if module is not None for p in module.parameters()]
+        if parameters:
+            groups.append({"params": parameters, "peak": peak})
     return torch.optim.Adam(
         groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
     )
@@ -194,8 +225,9 @@ def whiten(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks) -> 
             images = normalised(batch, settings.model.image)
             for found, tower in zip(features, (model.threshold, model.commodity), strict=True):
                 found.append(tower.features(images, batch.ids, batch.mask).cpu())
-        for found, tower in zip(features, (model.threshold, model.commodity), strict=True):
-            whiten_head(tower.head, torch.cat(found))
+        # Two like towers would cancel out. So scores start as likeness (q.q), and thresholds (p.p) near 0.
+        for found, tower, norm in zip(features, (model.threshold, model.commodity), WHITEN_NORMS, strict=True):
+            whiten_head(tower.head, torch.cat(found), norm)
 
 
 class Learner:
@@ -230,16 +262,16 @@ class Learner:
         return mean_loss, norm
 
     def part_loss(self, part: Part, batch: Batch, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of a part's pairs; both sides go through the (wrapped) model in one forward."""
+        """Mean cross-entropy of a part's pairs; all items go through the (wrapped) model in one forward."""
         options = self.settings.train
         images = normalised(batch, self.settings.model.image)
         images, mask = augment(
             images, batch.mask, options.augmentation, options.seed, part.step, part.rows, 2 * options.pairs
         )
         with autocast(self.device, options.precision):
-            embeddings = self.wrapped(images, batch.ids, mask)  # (2B, 2D)
-        left, right = embeddings.float().chunk(2)
-        return nn.functional.cross_entropy(pair_logits(left, right), labels)
+            embeddings = self.wrapped(images, batch.ids, mask)  # (items, 2D)
+        embeddings = embeddings.float()
+        return nn.functional.cross_entropy(pair_logits(embeddings[part.left], embeddings[part.right]), labels)
 
 
 def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run: Run) -> None:
@@ -250,8 +282,7 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
     model.train()
 
     def load(part: Part) -> Loaded:
-        item_ids = [pair.left for pair in part.pairs] + [pair.right for pair in part.pairs]
-        return part, task.train_store.batch(item_ids), torch.from_numpy(labels_of(part.pairs))
+        return part, task.train_store.batch(part.item_ids), torch.from_numpy(labels_of(part.pairs))
 
     loaded = prefetch(parts(task, options, fellows, done), load, settings.data.workers)
     losses: list[Tensor] = []
