@@ -284,7 +284,7 @@ def encode_picture(rng: Rng, listing: Listing) -> bytes:
         reduced.save(file, {".png": "PNG", ".gif": "GIF", ".bmp": "BMP"}[suffix])
     else:
         picture.save(file, "JPEG", quality=int(rng.integers(60, 91)))
-    return file.getvalue()[: file.tell() * 2 // 5] if listing.fault == "truncated" else file.getvalue()
+    return file.getvalue()[: file.tell() * 4 // 5] if listing.fault == "truncated" else file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
