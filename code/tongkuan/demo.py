@@ -20,10 +20,13 @@ def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: in
     raw, data = run_dir / "raw", run_dir / "data"
     ranks = [] if nproc is None else ["--nproc", str(nproc)]
 
-    def step(*words: object) -> None:
+    def announce(*words: object) -> list[str]:
         command = [str(word) for word in words]
         print(f"\n[{time.monotonic() - started:4.0f} s] ./entrypoint.sh {' '.join(command)}", flush=True)
-        if code := run_verb(command):
+        return command
+
+    def step(*words: object) -> None:
+        if code := run_verb(announce(*words)):
             sys.exit(code)
 
     step("sample", "--raw", raw)
@@ -40,7 +43,7 @@ def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: in
         )
         step("predict", "--data", data, "--model", model, "--submit", submit, *ranks)
         step("check", "--submit", submit, "--pairs", data / "item_test_pair.jsonl")
-        step("score", "--submit", submit, "--pairs", answers)
+        announce("score", "--submit", submit, "--pairs", answers)
         figures[INPUTS[inputs]] = score(submit, answers)
     print(f"\ndone in {time.monotonic() - started:.0f} s; F1 on products never trained on:")
     for name, f1 in figures.items():
