@@ -20,17 +20,17 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-from sample_words import COLOURS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
+from sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
 from tqdm import tqdm
 
 from tongkuan.files import UserError, check_writable, publish
 from tongkuan.records import Pair, item_file, pair_file, pair_row
 
-PRODUCTS = 1000  # by default
+PRODUCTS = 1500  # by default
 FEWEST_PRODUCTS = 24  # six families of four: one of each kind for each split
-ITEMS_A_PRODUCT = (5, 7)  # from, to
-POSITIVE_SHARE = 0.36  # of the pairs; the competition has 31 % in its test pairs
-SIBLING_SHARE = 0.65  # of the negative pairs; the others join two families
+ITEMS_A_PRODUCT = (4, 6)  # from, to
+POSITIVE_SHARE = 0.42  # of the pairs
+SIBLING_SHARE = 0.5  # of the negative pairs; the others join two families
 FAMILIES_A_SHELF = 3  # families whose listings meet in pairs
 POSITIVES_A_PRODUCT = 12  # at most
 ARCHIVE_PARTS = 3  # always the same number, so that a smaller catalogue leaves no stale part of a larger one
@@ -162,11 +162,10 @@ def draw_product(look: Look) -> tuple[Image.Image, Image.Image]:
         kind, *numbers = primitive.split()
         stamp(ImageDraw.Draw(trim if kind.isupper() else body), kind.lower(), [float(number) for number in numbers])
     fill = np.array(COLOURS[colour][1], dtype=np.float32)
-    ink = np.array((250, 250, 250) if fill @ (0.3, 0.6, 0.1) < 150 else (48, 44, 56), dtype=np.float32)
     inked = Image.new("L", (LAYER, LAYER))
     left, top, right, bottom = body.getbbox() or (0, 0, LAYER, LAYER)  # the pattern spans the product, be it small
     inked.paste(Image.fromarray(pattern_mask(pattern)).resize((right - left, bottom - top)), (left, top))
-    paint = np.where(np.asarray(inked)[..., None] > 0, ink, fill)  # (LAYER, LAYER, 3)
+    paint = np.where(np.asarray(inked)[..., None] > 0, np.array(INKS[pattern], dtype=np.float32), fill)  # (LAYER, LAYER, 3)
     paint *= np.linspace(1.04, 0.92, LAYER, dtype=np.float32)[:, None]  # light from the left
     both = np.maximum(np.asarray(body), np.asarray(trim))
     grown = (
@@ -199,14 +198,12 @@ def pattern_mask(pattern: str) -> NDArray[np.bool_]:
     y, x = np.meshgrid(*[np.linspace(0, 1, LAYER, endpoint=False)] * 2, indexing="ij")
     masks = {
         "plain": x < 0,
-        "rows": y * 7 % 2 >= 1,
-        "columns": x * 7 % 2 >= 1,
-        "diagonal": (x + y) * 6 % 2 >= 1,
-        "dots": (x * 4 % 1 - 0.5) ** 2 + (y * 4 % 1 - 0.5) ** 2 < 0.1,
-        "checks": (np.floor(x * 6) + np.floor(y * 6)) % 2 >= 1,
+        "rows": y * 5 % 2 >= 1,
+        "columns": x * 5 % 2 >= 1,
+        "diagonal": (x + y) * 2.5 % 2 >= 1,
+        "checks": (np.floor(x * 3) + np.floor(y * 3)) % 2 >= 1,
         "halves": y > 0.5,
-        "ring": abs(np.hypot(x - 0.5, y - 0.5) - 0.22) < 0.08,
-        "zigzag": (y * 3.5 + abs(x * 4 % 1 - 0.5) * 1.2) % 1 >= 0.5,
+        "ring": abs(np.hypot(x - 0.5, y - 0.5) - 0.22) < 0.1,
     }
     return masks[pattern]
 
@@ -235,7 +232,7 @@ def photograph(rng: Rng, look: Look, bulky: bool) -> Image.Image:
             for layer in (product, outline)
         )
         picture.paste(thing, mask=mask)
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         draw_badge(rng, picture)
     light = rng.uniform(0.92, 1.06) * rng.uniform(0.985, 1.015, size=3)  # brightness and tint
     levels = (np.arange(256) * light[:, None]).clip(0, 255).astype(np.uint8)  # (3, 256)
@@ -245,10 +242,10 @@ def photograph(rng: Rng, look: Look, bulky: bool) -> Image.Image:
 def draw_ground(rng: Rng, width: int, height: int) -> Image.Image:
     """RGB (height, width): a studio white, a pastel gradient, a strong colour, some with texture."""
     lot = rng.random()
-    if lot < 0.7:
+    if lot < 0.75:
         corners = rng.uniform(238, 255) + rng.uniform(-6, 0, (2, 2, 1)) * np.ones(3)
-    elif lot < 0.95:
-        corners = rng.uniform(215, 248, 3) + rng.uniform(-12, 6, (2, 2, 3))
+    elif lot < 0.98:
+        corners = rng.uniform(222, 248, 3) + rng.uniform(-12, 6, (2, 2, 3))
     else:
         corners = rng.uniform(60, 240, 3) + rng.uniform(-25, 25, (2, 2, 3))
     ground = Image.fromarray(corners.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)

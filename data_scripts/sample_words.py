@@ -14,24 +14,27 @@ import numpy as np
 MISSING = "missing"  # stands for a field that the row will not have
 Rng = np.random.Generator
 Look = tuple[str, int, int, str]  # category, shape, colour, pattern
-PATTERNS = ("plain", "rows", "columns", "diagonal", "dots", "checks", "halves", "ring", "zigzag")
+# Each pattern is printed in an ink of its own, RGB, unlike any colour of a product.
+INKS = {
+    "plain": (0, 0, 0), "rows": (252, 252, 252), "columns": (245, 130, 20), "diagonal": (150, 150, 150),
+    "checks": (115, 65, 25), "halves": (165, 245, 205), "ring": (240, 225, 190),
+}  # fmt: skip
+PATTERNS = tuple(INKS)
 # 12 families go to train, 2 to valid, 3 to test, and so on; six families (three of a kind) reach every split.
 SPLITS = tuple({"T": "train", "V": "valid", "S": "test"}[letter] for letter in "TVSTTTSTTTVTTSTTT")
 
 # Chinese word and RGB; well apart from one another, so that lighting does not turn one into its neighbour.
 COLOURS = (
-    ("红色", (215, 30, 35)), ("橙色", (250, 140, 15)), ("黄色", (250, 225, 40)), ("草绿", (110, 205, 50)),
-    ("墨绿", (10, 100, 60)), ("天蓝", (70, 200, 240)), ("宝蓝", (30, 70, 220)), ("紫色", (135, 40, 180)),
-    ("粉色", (250, 150, 195)), ("棕色", (120, 70, 30)), ("黑色", (25, 25, 25)),
+    ("红色", (215, 30, 35)), ("黄色", (250, 220, 40)), ("绿色", (50, 170, 60)), ("天蓝", (90, 205, 245)),
+    ("宝蓝", (30, 65, 215)), ("紫色", (150, 45, 190)), ("粉色", (250, 150, 195)), ("黑色", (25, 25, 25)),
 )  # fmt: skip
 
 BRANDS = (
-    ("云禾", "YUNHE"), ("木朴", "MUPU"), ("朗途", "LANGTU"), ("沐言", "MUYAN"), ("知夏", "ZHIXIA"), ("禾米", "HEMI"),
-    ("悦山", "YUESHAN"), ("南栀", "NANZHI"), ("鹿野", "LUYE"), ("森谷", "SENGU"), ("优本", "YOUBEN"),
-    ("贝甜", "BEITIAN"), ("乐屿", "LEYU"), ("安沁", "ANQIN"), ("海帆", "HAIFAN"), ("九川", "JIUCHUAN"),
+    ("云禾", "YUNHE"), ("木朴", "MUPU"), ("朗途", "LANGTU"), ("知夏", "ZHIXIA"),
+    ("鹿野", "LUYE"), ("森谷", "SENGU"), ("贝甜", "BEITIAN"), ("九川", "JIUCHUAN"),
 )  # fmt: skip
 
-SERIES = ("云朵", "星河", "山野", "拾光", "初夏", "微风", "森系", "元气", "极简", "复古")
+SERIES = ("星河", "拾光", "微风", "元气", "极简", "复古")
 
 FLAVOURS = (
     "草莓", "芒果", "葡萄", "蜜桃", "荔枝", "菠萝", "椰子", "柠檬", "西瓜", "香蕉", "海盐", "芝士", "抹茶",
@@ -71,7 +74,7 @@ CATEGORIES = {
 
 # Categories of text families; those whose key has more values come more often.
 TEXT_MIX = ("bottle", "bag", "box", "bottle", "bag", "shirt", "shoe", "shoe", "pack", "hat", "cup", "lamp")
-PICTURE_MIX = ("colour", "colour", "colour", "colour", "pattern")
+PICTURE_MIX = ("colour",) * 5 + ("pattern",)
 
 PROMISES = (
     "包邮",
@@ -229,11 +232,11 @@ def choose(rng: Rng, options: list[Any], count: int) -> list[Any]:
 
 def plan_products(rng: Rng, products: int) -> list[Product]:
     """Products, family by family; the two kinds of family alternate."""
-    count = max(6, round(products / 5))
+    count = max(6, round(products / 4))
     sizes = [products // count + (index < products % count) for index in range(count)]
-    for index in range(count - 2):  # families of 4 to 6 in either kind, not all of one size
-        if index % 8 < 2 and sizes[index] == sizes[index + 2] == 5:
-            sizes[index], sizes[index + 2] = 4, 6
+    for index in range(count - 2):  # families of 3 to 5 in either kind, not all of one size
+        if index % 8 < 2 and sizes[index] == sizes[index + 2] == 4:
+            sizes[index], sizes[index + 2] = 3, 5
     text_mix, categories = deal(rng, TEXT_MIX), deal(rng, list(CATEGORIES))
     pictured = deal(rng, PICTURE_MIX)
     names = deal(rng, list(itertools.product(BRANDS, SERIES)))
@@ -268,7 +271,7 @@ def plan_siblings(rng: Rng, family: Family, size: int, first: int, decks: dict[s
     values = [pick(rng, VALUES[family.value_kind])] * size
     shapes = [int(rng.integers(4))] * size
     colours = [next(decks["colours"])] * size
-    patterns = [next(decks["patterns"]) if rng.random() < 0.25 else "plain"] * size
+    patterns = [next(decks["patterns"]) if rng.random() < 0.1 else "plain"] * size
     if family.differs == "pattern":
         patterns = take_distinct(decks["patterns"], size)
     elif family.differs == "colour":

@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from tongkuan.judge import score
 
 Verb = Callable[[Sequence[str]], int]
+RANKS = 2  # without more GPUs: small operators gain nothing from a second thread, a second rank halves the time
 INPUTS = {"both": "text and picture", "text": "text alone", "image": "picture alone"}
 
 
@@ -18,7 +21,7 @@ def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: in
     """Sample data -> resize -> split -> train -> predict -> check -> score, in `run_dir`; prints each command."""
     started = time.monotonic()
     raw, data = run_dir / "raw", run_dir / "data"
-    ranks = [] if nproc is None else ["--nproc", str(nproc)]
+    ranks = ["--nproc", str(nproc or max(RANKS, torch.cuda.device_count()))]
 
     def announce(*words: object) -> list[str]:
         command = [str(word) for word in words]

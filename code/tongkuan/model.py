@@ -95,8 +95,9 @@ def whiten_head(head: nn.Linear, features: Tensor, norm: float, floor: float = 0
     variances, directions = torch.linalg.eigh(torch.cov((features.double() - mean).T))
     whitener = directions / variances.clamp(min=floor * float(variances.mean())).sqrt()  # (W, W)
     size, width = head.weight.shape
-    mixing = torch.randn(size, width, dtype=torch.float64) * norm / math.sqrt(size * width)
-    weight = mixing @ whitener.T
+    # Orthonormal, so that inner products of embeddings are those of the whitened features: no text times picture.
+    mixing = nn.init.orthogonal_(torch.empty(size, width, dtype=torch.float64))
+    weight = norm / math.sqrt(min(size, width)) * mixing @ whitener.T
     head.weight.copy_(weight)
     head.bias.copy_(-weight @ mean)
 
