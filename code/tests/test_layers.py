@@ -12,6 +12,7 @@ LAYERS = [
     {"records", "config", "distributed", "metrics"},
     {"model", "data", "checkpoint"},
     {"encode"},
+    {"memory"},
     {"evaluate", "train", "predict", "judge", "demo", "release"},
     {"__main__"},
 ]
