@@ -163,15 +163,16 @@ SCRIPTS = {
     "sample": "draw the sample catalogue",
     "resize": "raw files -> checked items and 384 x 384 pictures",
     "split": "item-disjoint train and validation pairs",
+    "attributes": "which attribute keys items have, and how well they tell products apart",
 }
 RANKED = ("train", "evaluate", "predict")
 
 
 def usage() -> str:
     """What there is, a line a verb."""
-    lines = [f"  {name:<10}{text}" for name, text in SCRIPTS.items()]
-    lines += [f"  {name:<10}{verb[0]}" for name, verb in VERBS.items()]
-    lines.append(f"  {'test':<10}the test suite")
+    lines = [f"  {name:<12}{text}" for name, text in SCRIPTS.items()]
+    lines += [f"  {name:<12}{verb[0]}" for name, verb in VERBS.items()]
+    lines.append(f"  {'test':<12}the test suite")
     return "\n".join(
         [
             "Tongkuan: do two shop listings sell the same product?",

@@ -274,13 +274,19 @@ def split_key(segment: str) -> tuple[str, str, str]:
     return segment, "", ""
 
 
-def item_text(item: Item, keys: Sequence[str] = TEN_KEYS, style: AttributeStyle = "quoted") -> str:
-    """Title, then the values of `keys`, non-empty parts joined by `;`; several values of a key joined by `,`."""
-    title = clean_as_published(item.title) if style == "published" else normalise(item.title)
+def attributes_of(item: Item, style: AttributeStyle = "quoted") -> dict[str, list[str]]:
+    """Attribute values of an item by key: those of the item, then those that only its SKUs have."""
     attributes = parse_attributes(item.item_attributes, style)
     for key, values in parse_attributes(item.sku_attributes, style).items():
         known = attributes.setdefault(key, [])
         known.extend(value for value in values if value not in known)
+    return attributes
+
+
+def item_text(item: Item, keys: Sequence[str] = TEN_KEYS, style: AttributeStyle = "quoted") -> str:
+    """Title, then the values of `keys`, non-empty parts joined by `;`; several values of a key joined by `,`."""
+    title = clean_as_published(item.title) if style == "published" else normalise(item.title)
+    attributes = attributes_of(item, style)
     parts = [title, *(",".join(attributes.get(normalise(key), [])) for key in keys)]
     return ";".join(part for part in parts if part)
 
