@@ -57,15 +57,16 @@ class MemoryEstimate:
 
 
 def mebibytes(size: int) -> str:
-    """In the unit of nvidia-smi."""
-    return f"{size / 2**20:,.0f}"
+    """In the unit of nvidia-smi; small ones with a decimal."""
+    number = size / 2**20
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
 
 
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes that operators allocate and something still holds; views of one storage count once."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = [tensor.untyped_storage() for tensor in known]  # not counted; held, for addresses are reused
         self._live: dict[int, object] = {storage._cdata: None for storage in self._known}
@@ -118,9 +119,9 @@ def estimate_memory(
         with LiveStorages(state) as step:
             loss = part_loss(fake, settings, pairs, device)
             kept = step.now
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if options.accumulate > 1:  # the next part meets the gradients of this one
-                part_loss(fake, settings, pairs, device).backward()  # type: ignore[no-untyped-call]
+                part_loss(fake, settings, pairs, device).backward()
         copies = 0
         if options.precision != "fp32":
             with LiveStorages(state) as double:
