@@ -171,11 +171,12 @@ def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         run_dir = tmp_path / f"ranks{count}"
         words = ("--preset", preset, "--data", data, "--run", run_dir, "--model", run_dir / "m.safetensors")
-        ok(
+        told = ok(
             run_verb(
                 "train", *words, "--nproc", count, "train.steps=20", "train.pairs=8", "train.augmentation.crop=0.2"
             )
         )
+        assert told.count("memory of a rank") == 1 and f"({8 // count} pairs of" in told
     one, two = losses_of(tmp_path / "ranks1"), losses_of(tmp_path / "ranks2")
     assert len(one) == 20
     assert two == pytest.approx(one, abs=1e-5)
