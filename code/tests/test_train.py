@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
@@ -18,8 +19,9 @@ from worlds import tiny_preset, tiny_settings
 from tongkuan.config import Precision, TrainSettings
 from tongkuan.distributed import Ranks
 from tongkuan.files import UserError
+from tongkuan.model import build
 from tongkuan.records import Pair
-from tongkuan.train import BatchDraw, Part, learning_rate_at, load_task, parts, train
+from tongkuan.train import BatchDraw, Learner, Loaded, Part, learning_rate_at, load_task, parts, train
 
 CPU = torch.device("cpu")
 
@@ -126,17 +128,55 @@ def test_lower_precisions_train_near_fp32(data: Path, tmp_path: Path, precision:
     assert all(math.isfinite(loss) for loss in losses_of(tmp_path / precision))
 
 
+def test_a_run_in_fp16_goes_on_with_its_loss_scale(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between two checkpoints, it ends as an unbroken one: weights, moments and the scale of the loss."""
+    settings = tiny_settings(tmp_path, "train.precision=fp16")
+    train(settings, data, tmp_path / "whole", tmp_path / "whole.safetensors")
+    take_step = Learner.step
+
+    def stop_at_five(learner: Learner, step: int, loaded: Iterator[Loaded]) -> tuple[torch.Tensor, torch.Tensor]:
+        if step == 5:
+            raise KeyboardInterrupt
+        return take_step(learner, step, loaded)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Learner, "step", stop_at_five)
+        train(settings, data, tmp_path / "broken", tmp_path / "broken.safetensors")
+    assert last_step(tmp_path / "broken") == 4
+    train(settings, data, tmp_path / "broken", tmp_path / "broken.safetensors")
+    assert state_bytes(tmp_path / "broken") == state_bytes(tmp_path / "whole")
+    scalers = [torch.load(tmp_path / name / "last.pt", weights_only=True)["scaler"] for name in ("whole", "broken")]
+    assert scalers[0] == scalers[1] and scalers[0]["scale"] < 2**16, "as steps overflowed, it went on from a lower one"
+
+
+def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(data: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, "train.precision=fp16")
+    task = load_task(settings, data)
+    alone = Ranks(0, 1, CPU)
+    model = build(settings.model, task.card.text_config, pretrained=True).train()
+    learner = Learner(model, settings, alone)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    part = next(parts(task, settings.train, alone, 0))
+    loaded = (part, task.train_store.batch(part.item_ids), torch.tensor([pair.label for pair in part.pairs]))
+    loss, _ = learner.step(0, iter([loaded]))
+    assert math.isfinite(float(loss))
+    assert learner.scaler.get_scale() == 2.0**125
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
     """Losses over 20 steps of the same global batch agree to 1e-5."""
     preset = tiny_preset(tmp_path)
     for count in (1, 2):
         run_dir = tmp_path / f"ranks{count}"
         words = ("--preset", preset, "--data", data, "--run", run_dir, "--model", run_dir / "m.safetensors")
-        ok(
+        told = ok(
             run_verb(
                 "train", *words, "--nproc", count, "train.steps=20", "train.pairs=8", "train.augmentation.crop=0.2"
             )
         )
+        assert told.count("memory of a rank") == 1 and f"({8 // count} pairs of" in told
     one, two = losses_of(tmp_path / "ranks1"), losses_of(tmp_path / "ranks2")
     assert len(one) == 20
     assert two == pytest.approx(one, abs=1e-5)

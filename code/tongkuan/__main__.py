@@ -63,6 +63,25 @@ def run_train(arguments: Arguments) -> None:
     train(load_settings(arguments.preset, arguments.overrides), arguments.data, run_dir, arguments.model)
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="FILE", help="a released .pth, whole or in parts, to import")
+    parser.add_argument("--preset", default=PRESET, help=f"its recipe, or whose encoders to fetch (default {PRESET})")
+    parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="config.json and vocab.txt of its texts")
+    parser.add_argument("--threshold", type=float, default=0.0, metavar="T", help="of the imported model (default 0)")
+    parser.add_argument("--out", type=Path, default=MODEL, metavar="FILE", help=f"the imported model (default {MODEL})")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.image.size=224")
+
+
+def run_weights(arguments: Arguments) -> None:
+    from tongkuan.release import fetch_encoders, import_release
+
+    preset, overrides = arguments.preset, arguments.overrides
+    if arguments.model is None:
+        fetch_encoders(preset, overrides)
+        return
+    import_release(arguments.model, arguments.out, preset, overrides, arguments.text_encoder, arguments.threshold)
+
+
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, "valid")
 
@@ -132,6 +151,7 @@ def run_demo(arguments: Arguments) -> None:
 
 Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], None]]
 VERBS: dict[str, Verb] = {
+    "weights": ("import a released checkpoint, or fetch a preset's encoders ahead", add_weights, run_weights),
     "train": ("train a model; the same command resumes", add_train, run_train),
     "evaluate": ("precision, recall and F1 of a model on labelled pairs", add_evaluate, run_evaluate),
     "predict": ("write submit/result.jsonl", add_predict, run_predict),
@@ -143,15 +163,16 @@ SCRIPTS = {
     "sample": "draw the sample catalogue",
     "resize": "raw files -> checked items and 384 x 384 pictures",
     "split": "item-disjoint train and validation pairs",
+    "attributes": "which attribute keys items have, and how well they tell products apart",
 }
 RANKED = ("train", "evaluate", "predict")
 
 
 def usage() -> str:
     """What there is, a line a verb."""
-    lines = [f"  {name:<10}{text}" for name, text in SCRIPTS.items()]
-    lines += [f"  {name:<10}{verb[0]}" for name, verb in VERBS.items()]
-    lines.append(f"  {'test':<10}the test suite")
+    lines = [f"  {name:<12}{text}" for name, text in SCRIPTS.items()]
+    lines += [f"  {name:<12}{verb[0]}" for name, verb in VERBS.items()]
+    lines.append(f"  {'test':<12}the test suite")
     return "\n".join(
         [
             "Tongkuan: do two shop listings sell the same product?",

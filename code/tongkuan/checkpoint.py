@@ -4,8 +4,9 @@ A model is one .safetensors file that holds all that `predict` needs: weights, m
 tokenizer, threshold. Its metadata is readable: `python -c "import safetensors; …"` shows it.
 """
 
+import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,34 @@ class ModelCard:
 def save_model(path: Path, model: TwoTowers, card: ModelCard) -> None:
     """Publish weights and card. The same weights and card give the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    about = {**asdict(card), "format": FORMAT, "settings": card.settings.model_dump(mode="json")}
-    # One key only: safetensors writes several in hash order.
-    metadata = {"tongkuan": orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()}
     with publish(path) as file:
-        save_file(tensors, file.name, metadata=metadata)
+        save_file(tensors, file.name, metadata=format_card(card))
+
+
+def stream_model(path: Path, card: ModelCard, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor]) -> None:
+    """Publish the bytes that `save_model` would, from float32 tensors that come one at a time, sorted by name.
+
+    safetensors' own writers want all tensors in memory at once; of its format a header and the numbers are all there
+    is (https://github.com/huggingface/safetensors#format).
+    """
+    layout, end = {}, 0
+    for name in sorted(shapes):
+        start, end = end, end + 4 * math.prod(shapes[name])
+        layout[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [start, end]}
+    header = orjson.dumps({"__metadata__": format_card(card), **layout})
+    header += b" " * (-len(header) % 8)
+    with publish(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors:
+            file.write(tensor.contiguous().numpy())
+        if file.tell() != 8 + len(header) + end:
+            raise RuntimeError(f"{path}: the tensors do not fill the places that their shapes announce")
+
+
+def format_card(card: ModelCard) -> dict[str, str]:
+    """A file's metadata. One key only: safetensors writes several in hash order."""
+    about = {**asdict(card), "format": FORMAT, "settings": card.settings.model_dump(mode="json")}
+    return {"tongkuan": orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()}
 
 
 def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:

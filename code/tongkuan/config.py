@@ -96,7 +96,7 @@ class TrainSettings(Section):
     accumulate: Positive = 1
     """Parts that a rank's share of the batch is run in, one after another."""
     precision: Precision = "fp32"
-    """Arithmetic of the encoders; weights and loss stay fp32."""
+    """Arithmetic of the encoders; weights and loss stay fp32. fp16 is for GPUs: a CPU takes ten times as long."""
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-6

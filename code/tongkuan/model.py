@@ -5,6 +5,7 @@ p is the threshold tower's embedding, q the commodity tower's; p_a.p_b is the pa
 
 import importlib.util
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tongkuan.config import ImageEncoder, ModelSettings, TextEncoder
-from tongkuan.files import UserError
+from tongkuan.files import UserError, sync_folder
 from tongkuan.records import clip
 
 TOP = Path(__file__).resolve().parents[2]
 WEIGHTS_DIR = TOP / "weights"
+# In the hub's folders beside torch's weights.
+OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite"]
 
 
 class Tower(nn.Module):
@@ -150,6 +153,27 @@ def locate(weights: str) -> tuple[str, str]:
         local = WEIGHTS_DIR / place.rpartition("/")[2]
         return ("folder", str(local)) if local.exists() else (kind, place)
     raise UserError(f"{clip(weights)}: weights are hub:NAME, folder:PATH, package:NAME/PATH or random")
+
+
+def fetch(name: str) -> Path:
+    """Bring a hub's encoder into weights/, whole or not at all: its folder. UserError when the hub does not give it."""
+    local = WEIGHTS_DIR / name.rpartition("/")[2]
+    staging = local.with_name(f".{local.name}.part")  # stays after an error: the same command resumes
+    download(name, local_dir=staging, ignore_patterns=OTHER_FRAMEWORKS)
+    shutil.rmtree(staging / ".cache", ignore_errors=True)
+    staging.replace(local)
+    sync_folder(WEIGHTS_DIR)
+    return local
+
+
+def download(name: str, **options: Any) -> Path:
+    """The folder with files of a hub's encoder, `options` as in snapshot_download; UserError when there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, **options))
+    except Exception as error:  # among others those of the HTTP library that the hub's client happens to use
+        raise unreachable(name, error) from error
 
 
 def unreachable(name: str, error: Exception) -> UserError:

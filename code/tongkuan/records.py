@@ -234,7 +234,7 @@ def parse_attributes(text: str, style: AttributeStyle = "quoted") -> dict[str, l
     quoted: split first, normalise after, so `:` `;` and their full-width forms inside a value survive.
     published: as the paper's code did: drop `#`, NFKC, lower case, then split on `;` and the first `:`.
     """
-    attributes: dict[str, list[str]] = {}
+    attributes: dict[str, dict[str, None]] = {}  # a dict keeps the order, and is quick with many values
     if style == "published":
         segments = [segment.partition(":") for segment in clean_as_published(text).split(";")]
     else:
@@ -242,10 +242,8 @@ def parse_attributes(text: str, style: AttributeStyle = "quoted") -> dict[str, l
     for raw_key, separator, raw_value in segments:
         key, value = normalise(raw_key), normalise(raw_value)
         if separator and key and value:
-            values = attributes.setdefault(key, [])
-            if value not in values:
-                values.append(value)
-    return attributes
+            attributes.setdefault(key, {})[value] = None
+    return {key: list(values) for key, values in attributes.items()}
 
 
 def clean_as_published(text: str) -> str:
@@ -274,13 +272,18 @@ def split_key(segment: str) -> tuple[str, str, str]:
     return segment, "", ""
 
 
+def attributes_of(item: Item, style: AttributeStyle = "quoted") -> dict[str, list[str]]:
+    """Attribute values of an item by key: those of the item, then those that only its SKUs have."""
+    attributes = parse_attributes(item.item_attributes, style)
+    for key, values in parse_attributes(item.sku_attributes, style).items():
+        attributes[key] = list(dict.fromkeys([*attributes.get(key, ()), *values]))
+    return attributes
+
+
 def item_text(item: Item, keys: Sequence[str] = TEN_KEYS, style: AttributeStyle = "quoted") -> str:
     """Title, then the values of `keys`, non-empty parts joined by `;`; several values of a key joined by `,`."""
     title = clean_as_published(item.title) if style == "published" else normalise(item.title)
-    attributes = parse_attributes(item.item_attributes, style)
-    for key, values in parse_attributes(item.sku_attributes, style).items():
-        known = attributes.setdefault(key, [])
-        known.extend(value for value in values if value not in known)
+    attributes = attributes_of(item, style)
     parts = [title, *(",".join(attributes.get(normalise(key), [])) for key in keys)]
     return ";".join(part for part in parts if part)
 

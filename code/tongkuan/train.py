@@ -26,6 +26,7 @@ from tongkuan.distributed import Ranks, ranks
 from tongkuan.encode import autocast, distinct_items, encode, length_batches, one_thread_each, scores_of
 from tongkuan.evaluate import labels_of
 from tongkuan.files import UserError, check_writable, publish
+from tongkuan.memory import describe_memory
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
 from tongkuan.records import Pair, components, item_file, item_text, pair_file, read_items, read_pairs
@@ -278,6 +279,8 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
     """The training loop: data, step, log, validate, save."""
     options = settings.train
     learner = Learner(model, settings, fellows)
+    if fellows.is_first:
+        print(describe_memory(model, learner.optimizer, settings, fellows), flush=True)
     done = run.resume(model, learner.optimizer, learner.scaler)
     model.train()
 

@@ -1,0 +1,482 @@
+"""release.py: a released checkpoint gives the numbers that transformers gives, and a damaged one is refused by name.
+
+transformers itself is the oracle: its BertModel and SwinModel, put together by the paper's formula.
+"""
+
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_main import error_of
+from torch import nn
+from transformers import AutoTokenizer, BertConfig, BertModel, SwinConfig, SwinModel
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+from worlds import TINY, make_data
+
+from tongkuan.__main__ import main
+from tongkuan.checkpoint import load_model, save_model
+from tongkuan.config import DataSettings
+from tongkuan.files import sha256_of
+from tongkuan.model import TOP, pair_scores
+from tongkuan.predict import predict
+from tongkuan.records import TEN_KEYS, Item, item_file, item_text, normalise, read_items, read_predictions
+
+# What transformers and timm differ by, of numbers between -4 and 4 in fp32.
+TOLERANCE = 2e-5
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] 正 品 杯 子 大 ; , a ##0 ##1 ##2 ##3 ##4 ##5 iphone 14 pro cafe ##s ( ) kg ml"
+PARITY = [  # pixels, window, depths, heads, width
+    pytest.param(32, 4, [2, 2], [1, 2], 8, id="map equals window in the last stage"),
+    pytest.param(16, 4, [2], [2], 8, id="map equals window at once"),
+    pytest.param(64, 4, [2, 1, 2], [1, 2, 4], 8, id="three stages"),
+    pytest.param(40, 5, [2, 2], [2, 2], 8, id="window 5"),
+    pytest.param(48, 6, [1, 3], [1, 2], 8, id="window 6"),
+    pytest.param(56, 7, [2, 2], [1, 2], 12, id="window 7"),
+    pytest.param(64, 8, [2, 2], [2, 4], 8, id="window 8"),
+    pytest.param(72, 9, [2, 2], [1, 2], 8, id="window 9"),
+    pytest.param(80, 10, [2, 2], [1, 2], 8, id="window 10"),
+    pytest.param(88, 11, [2, 2], [1, 2], 8, id="window 11"),
+    pytest.param(96, 12, [2, 2], [1, 2], 8, id="window 12"),
+    pytest.param(36, 4, [1, 1], [1, 2], 8, id="odd maps, padded where nothing shifts"),
+    pytest.param(48, 4, [2, 2], [1, 2], 8, id="shifted map, padded by half a window"),
+    pytest.param(384, 12, [2, 2, 2, 2], [1, 1, 1, 1], 4, id="384 pixels, window 12, as published"),
+]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A checkpoint as released, its text encoder's folder, and the networks it was saved from."""
+
+    path: Path
+    encoder: Path
+    size: int
+    swin: dict[str, Any]
+    towers: list[tuple[BertModel, SwinModel, nn.Linear]]
+
+    def words(self, out: Path, *more: object) -> list[str]:
+        """The verb that imports it."""
+        options = ("--model", self.path, "--text-encoder", self.encoder, "--out", out)
+        return ["weights", *map(str, options), *map(str, more), f"model.image.size={self.size}", *self.overrides()]
+
+    def overrides(self) -> list[str]:
+        arguments = orjson.dumps(self.swin | {"img_size": self.size}).decode()
+        return ["model.image.architecture=swin_tiny_patch4_window7_224", f"model.image.arguments={arguments}"]
+
+    def change(self, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        """Save it again with an edited state."""
+        state = torch.load(self.path, weights_only=True)["params"]
+        edit(state)
+        torch.save({"params": state}, self.path)
+
+
+def randomise(network: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Every parameter random, none zero; transformers starts bias tables at 0 and LayerNorms at 1."""
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if "norm" in name.lower() and name.endswith("weight"):
+                value.copy_(1 + 0.2 * noise)
+            elif value.ndim > 1 and "table" not in name and "embeddings.weight" not in name:
+                value.copy_(noise / value[0].numel() ** 0.5)
+            else:
+                value.copy_(0.5 * noise)
+    return network.eval()
+
+
+def make_release(
+    folder: Path, size: int = 32, window: int = 4, depths: Any = (2, 2), heads: Any = (1, 2), width: int = 8
+) -> Release:
+    """Small random towers, saved under the names of transformers 4.18, to which save_pretrained goes back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = folder / "encoder"
+    words = WORDS.split()
+    bert = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        max_position_embeddings=140,
+    )
+    bert.save_pretrained(encoder)
+    (encoder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    swin = {"window_size": window, "depths": list(depths), "num_heads": list(heads), "embed_dim": width}
+    generator = torch.Generator().manual_seed(size)
+    towers, state = [], {}
+    for number in (1, 2):
+        networks = {
+            "txt_encoder": BertModel(bert, add_pooling_layer=False),
+            "img_encoder": SwinModel(SwinConfig(image_size=size, **swin)),
+            "fc": nn.Linear(16 + width * 2 ** (len(depths) - 1), 6),
+        }
+        for name, network in networks.items():
+            randomise(network, generator)
+            if name == "fc":
+                saved = network.state_dict()
+            else:
+                network.save_pretrained(folder / name)
+                saved = load_file(folder / name / "model.safetensors")
+            state |= {f"{name}{number}.{key}": value for key, value in saved.items()}
+        towers.append(tuple(networks.values()))
+    torch.save({"params": state}, folder / "release.pth")
+    return Release(folder / "release.pth", encoder, size, swin, towers)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six items a split."""
+    return make_data(tmp_path_factory.mktemp("release") / "data", num_products=2)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    return make_release(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def release(original: Release, tmp_path: Path) -> Release:
+    """A copy to spoil."""
+    folder = tmp_path / "release"
+    shutil.copytree(original.path.parent, folder)
+    return replace(original, path=folder / original.path.name, encoder=folder / original.encoder.name)
+
+
+@torch.inference_mode()
+def by_formula(release: Release, item: Item, images: Path) -> np.ndarray:
+    """[p ; q] of an item, straight from transformers: fc([CLS] ++ mean over tokens after the last LayerNorm)."""
+    text = item_text(item, TEN_KEYS, "published")
+    tokenizer = BertTokenizerLegacy(str(release.encoder / "vocab.txt"))
+    ids = torch.tensor([tokenizer(text, truncation=True, max_length=140)["input_ids"]])
+    with Image.open(images / item.image_name) as picture:
+        rgb = picture.convert("RGB").resize((release.size, release.size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None] / 255
+    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    halves = []
+    for bert, swin, fc in release.towers:
+        cls = bert(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
+        mean = swin(pixel_values=pixels).last_hidden_state.mean(dim=1)
+        halves.append(fc(torch.cat([cls, mean], dim=1)))
+    return torch.cat(halves, dim=1)[0].numpy()
+
+
+@pytest.mark.parametrize(("size", "window", "depths", "heads", "width"), PARITY)
+def test_an_imported_release_gives_the_numbers_of_transformers(
+    data: Path, tmp_path: Path, size: int, window: int, depths: list[int], heads: list[int], width: int
+) -> None:
+    release = make_release(tmp_path, size, window, depths, heads, width)
+    assert main(release.words(tmp_path / "model.safetensors")) == 0
+    predict(data, "test", tmp_path / "model.safetensors", tmp_path / "submit", DataSettings(encode_batch=5))
+    items = read_items(item_file(data, "test"))
+    expected = {item_id: by_formula(release, item, data / "images") for item_id, item in items.items()}
+    rows = [row for _, row in read_predictions(tmp_path / "submit" / "result.jsonl")]
+    left, right = (
+        np.stack([getattr(row, f"{side}_embedding") for row in rows]).astype(np.float32) for side in ("left", "right")
+    )
+    left_oracle, right_oracle = (np.stack([expected[getattr(row, side)] for row in rows]) for side in ("left", "right"))
+    worst = max(np.abs(left - left_oracle).max(), np.abs(right - right_oracle).max())
+    print(f"largest difference {worst:.1e} of numbers up to {np.abs(left_oracle).max():.1f}")
+    assert worst <= TOLERANCE
+    assert left_oracle.std(axis=0).max() > 0.05 and np.abs(left_oracle).max() < 10, "numbers that tell items apart"
+    verdicts = pair_scores(left_oracle, right_oracle) > 0
+    assert {row.threshold for row in rows} == {0.0}
+    assert np.array_equal(pair_scores(left, right) > 0, verdicts)
+
+
+def test_the_names_are_those_of_the_release(release: Release) -> None:
+    names = torch.load(release.path, weights_only=True)["params"].keys()
+    for name in (
+        "txt_encoder1.embeddings.LayerNorm.weight",
+        "txt_encoder2.encoder.layer.1.attention.self.query.bias",
+        "img_encoder1.embeddings.patch_embeddings.projection.weight",
+        "img_encoder1.embeddings.norm.bias",
+        "img_encoder1.encoder.layers.0.blocks.0.attention.self.query.weight",
+        "img_encoder1.encoder.layers.0.blocks.1.attention.self.relative_position_bias_table",
+        "img_encoder2.encoder.layers.1.blocks.0.attention.output.dense.weight",
+        "img_encoder2.encoder.layers.1.blocks.1.intermediate.dense.bias",
+        "img_encoder2.encoder.layers.1.blocks.1.output.dense.bias",
+        "img_encoder1.encoder.layers.0.blocks.0.layernorm_before.weight",
+        "img_encoder1.encoder.layers.0.blocks.0.layernorm_after.weight",
+        "img_encoder1.encoder.layers.0.downsample.reduction.weight",
+        "img_encoder1.encoder.layers.0.downsample.norm.bias",
+        "img_encoder1.layernorm.weight",
+        "fc2.weight",
+    ):
+        assert name in names
+
+
+def test_the_model_file_is_what_save_model_writes_and_says_where_it_comes_from(
+    release: Release, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        main(release.words(tmp_path / name, "--threshold", 1.65))
+    model, card = load_model(tmp_path / "a")
+    save_model(tmp_path / "c", model, card)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert card.threshold == 1.65
+    assert card.facts == {"released_sha256": sha256_of(release.path), "preset": "ccks2022-63"}
+    assert (card.settings.inputs, card.settings.attributes, card.settings.embedding_size) == ("both", "published", 6)
+    assert card.settings.text.weights == "hub:hfl/chinese-roberta-wwm-ext", "no folder of this machine's"
+
+
+def test_sizes_that_the_recipe_leaves_open_are_read_off_the_shapes(release: Release, tmp_path: Path) -> None:
+    main(release.words(tmp_path / "named"))
+    words = release.words(tmp_path / "read")[: -len(release.overrides())]
+    tiny = tmp_path / "tiny.yaml"
+    tiny.write_text(TINY.replace("convnext_atto", "swin_large_patch4_window12_384"), encoding="utf-8")
+    main([*words, "--preset", str(tiny), "model.image.arguments={}"])
+    (named, card), (read, card_read) = load_model(tmp_path / "named"), load_model(tmp_path / "read")
+    assert card_read.settings.image.arguments == release.swin | {"img_size": 32, "patch_size": 4}
+    assert card_read.text_config == card.text_config
+    assert card_read.settings.attributes == "published"
+    for tensor, other in zip(named.state_dict().values(), read.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other)
+
+
+@pytest.mark.parametrize("form", ["DDP", "bare", "buffers", "half", "before torch 1.6"])
+def test_other_forms_of_the_same_checkpoint_are_taken(release: Release, tmp_path: Path, form: str) -> None:
+    main(release.words(tmp_path / "plain"))
+    state = torch.load(release.path, weights_only=True)["params"]
+    if form == "DDP":
+        state = {f"module.{key}": value for key, value in state.items()}
+    if form == "half":
+        state = {key: value.half() for key, value in state.items()}
+    if form == "buffers":
+        for number in (1, 2):
+            state[f"txt_encoder{number}.embeddings.position_ids"] = torch.arange(140)[None]
+            state[f"txt_encoder{number}.pooler.dense.weight"] = torch.zeros(16, 16)
+            block = f"img_encoder{number}.encoder.layers.0.blocks.1"
+            state[f"{block}.attention.self.relative_position_index"] = torch.zeros(16, 16, dtype=torch.int64)
+            state[f"{block}.attn_mask"] = torch.zeros(4, 16, 16)
+    whole = state if form == "bare" else {"params": state}
+    torch.save(whole, release.path, _use_new_zipfile_serialization=form != "before torch 1.6")
+    main(release.words(tmp_path / "other"))
+    plain, other = load_file(tmp_path / "plain"), load_file(tmp_path / "other")
+    for key, value in plain.items():
+        assert torch.equal(other[key], value.half().float() if form == "half" else value)
+
+
+def refused(words: list[str], out: Path) -> str:
+    """The one line with which an import is refused; nothing may be left."""
+    before = sorted(out.parent.iterdir())
+    line = error_of(*words)
+    assert sorted(out.parent.iterdir()) == before, "nothing is written"
+    return line
+
+
+def test_missing_unexpected_and_mis_shaped_keys_are_counted_and_named(release: Release, tmp_path: Path) -> None:
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        for block in (0, 1):
+            for row in ("query", "key"):
+                del state[f"img_encoder2.encoder.layers.1.blocks.{block}.attention.self.{row}.bias"]
+        state["img_encoder3.norm"] = torch.zeros(2)
+        state["fc2.weight"] = torch.zeros(6, 5)
+
+    release.change(spoil)
+    line = refused(release.words(tmp_path / "model"), tmp_path / "model")
+    assert re.search(
+        r"release\.pth: keys 4 missing \(img_encoder2\..*query\.bias, .*key\.bias, .*query\.bias, …\)", line
+    )
+    assert "1 unexpected (img_encoder3.norm)" in line
+    assert "1 of another shape (fc2.weight (6, 5) instead of (6, 32))" in line
+
+
+def test_a_missing_block_is_no_smaller_network(release: Release, tmp_path: Path) -> None:
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in state if re.search(r"layers\.1\.blocks\.1\.|encoder\.layer\.1\.", key)]:
+            del state[key]
+
+    release.change(spoil)
+    line = refused(release.words(tmp_path / "model"), tmp_path / "model")
+    assert f"{2 * (16 + 17)} missing (txt_encoder1.encoder.layer.1.attention.self.query.weight, " in line
+
+
+def test_parts_are_joined_and_a_gap_is_named(release: Release, tmp_path: Path) -> None:
+    main(release.words(tmp_path / "whole"))
+    content = release.path.read_bytes()
+    release.path.unlink()
+    third = len(content) // 3
+    parts = [release.path.with_name(f"release.pth.parta{letter}") for letter in "abc"]
+    for number, part in enumerate(parts):
+        part.write_bytes(content[number * third : (number + 1) * third if number < 2 else None])
+    for number, name in enumerate((release.path, parts[0])):
+        words = release.words(tmp_path / f"joined{number}")
+        words[words.index("--model") + 1] = str(name)
+        main(words)
+        assert (tmp_path / f"joined{number}").read_bytes() == (tmp_path / "whole").read_bytes()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["joined0", "joined1", "release", "whole"], "the joined file is gone"
+    parts[2].rename(parts[2].with_name("release.pth.partad"))
+    line = refused(release.words(tmp_path / "model"), tmp_path / "model")
+    assert "release.pth.partac: this part is missing, release.pth.partad is there" in line
+    parts[2].with_name("release.pth.partad").unlink()
+    assert "not a whole torch file" in refused(release.words(tmp_path / "model"), tmp_path / "model")
+    for part in parts[:2]:
+        part.unlink()
+    assert "no such file, nor parts" in refused(release.words(tmp_path / "model"), tmp_path / "model")
+
+
+class Payload:
+    """Touches a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_payload_is_refused_and_never_run(release: Release, tmp_path: Path, form: str) -> None:
+    content = {"params": {"fc1.weight": torch.zeros(2)}, "more": Payload(tmp_path / "ran")}
+    if form == "torch":
+        torch.save(content, release.path)
+    else:
+        release.path.write_bytes(pickle.dumps(content))
+    line = refused(release.words(tmp_path / "model"), tmp_path / "model")
+    assert "release.pth: damaged, or holds more than tensors" in line
+    pickle.loads(pickle.dumps(content["more"]))
+    assert (tmp_path / "ran").exists(), "it would have run"
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(release: Release, tmp_path: Path) -> None:
+    content = release.path.read_bytes()
+    for spoiled in (content[:-200], content[: len(content) // 2], b"", b"<html>404</html>"):
+        release.path.write_bytes(spoiled)
+        assert "fetch the released file again" in refused(release.words(tmp_path / "model"), tmp_path / "model")
+    torch.save({"params": {"step": 3}}, release.path)
+    assert "nor a state_dict" in refused(release.words(tmp_path / "model"), tmp_path / "model")
+
+
+@pytest.mark.parametrize(("size", "window"), [(32, 8), (40, 7), (38, 4)])
+def test_maps_on_which_timm_and_transformers_differ_are_refused(tmp_path: Path, size: int, window: int) -> None:
+    release = make_release(tmp_path / "release", size, window)
+    line = refused(release.words(tmp_path / "model"), tmp_path / "model")
+    assert f"model.image.size {size}: makes a map of " in line and f"windows of {window} do not tile" in line
+    if window == 8:  # no checkpoint can come from a map smaller than its window
+        with pytest.raises(RuntimeError):
+            release.towers[0][1](torch.zeros(1, 3, size, size))
+
+
+def test_a_network_that_is_no_swin_is_refused(release: Release, tmp_path: Path) -> None:
+    words = [*release.words(tmp_path / "model"), "model.image.architecture=resnet18", "model.image.arguments={}"]
+    assert "a released checkpoint holds Swin" in refused(words, tmp_path / "model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text encoder
+
+
+@pytest.fixture
+def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A weights/ of its own, and a hub that is switched off."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setattr("tongkuan.model.WEIGHTS_DIR", folder)
+    monkeypatch.setattr("tongkuan.release.WEIGHTS_DIR", folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def without_encoder(words: list[str]) -> list[str]:
+    """The import with the text encoder that the preset names."""
+    start = words.index("--text-encoder")
+    return words[:start] + words[start + 2 :]
+
+
+def test_a_text_encoder_that_is_nowhere_is_one_line(release: Release, weights_dir: Path, tmp_path: Path) -> None:
+    words = without_encoder(release.words(tmp_path / "model"))
+    line = refused(words, tmp_path / "model")
+    assert line.startswith("encoder hfl/chinese-roberta-wwm-ext: ")
+    local = weights_dir / "chinese-roberta-wwm-ext"
+    assert f"put config.json and vocab.txt of hfl/chinese-roberta-wwm-ext into {local}" in line
+    release.encoder.rename(local)
+    main(words)
+    assert load_model(tmp_path / "model")[1].tokenizer is not None
+
+
+def test_a_folder_that_is_not_the_checkpoints_text_encoder_is_refused(release: Release, tmp_path: Path) -> None:
+    vocabulary, config = release.encoder / "vocab.txt", release.encoder / "config.json"
+    with vocabulary.open("a", encoding="utf-8") as file:
+        file.write("多\n")
+    line = refused(release.words(tmp_path / "model"), tmp_path / "model")
+    assert f"{len(WORDS.split()) + 1} words, the checkpoint has {len(WORDS.split())}" in line
+    settings = orjson.loads(config.read_bytes())
+    vocabulary.write_text("\n".join(WORDS.split()) + "\n", encoding="utf-8")
+    config.write_bytes(orjson.dumps(settings | {"intermediate_size": 32}))
+    line = refused(release.words(tmp_path / "model"), tmp_path / "model")
+    assert "intermediate.dense.weight (24, 16) instead of (32, 16)" in line
+    for file in (vocabulary, config):
+        file.unlink()
+        line = refused(release.words(tmp_path / "model"), tmp_path / "model")
+        assert f"no {file.name} there; put config.json and vocab.txt of hfl/chinese-roberta-wwm-ext into" in line
+
+
+def test_encoders_are_fetched_ahead_unless_present(weights_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = weights_dir / "swin_large_patch4_window12_384.ms_in22k"
+    text = weights_dir / "chinese-roberta-wwm-ext"
+    text.mkdir()
+    line = error_of("weights")
+    assert re.search(rf"encoder timm/{image.name}: not in .* download it to {re.escape(str(image))}", line)
+    assert f"present in {text}" in capsys.readouterr().out
+    assert list(weights_dir.iterdir()) == [text], "nothing is left of the attempt"
+    image.mkdir()
+    assert main(["weights", "--preset", "ccks2022-64"]) == 0
+    assert f"present in {image}" in capsys.readouterr().out
+    assert main(["weights", "--preset", "demo"]) == 0
+    assert capsys.readouterr().out.count("nothing to fetch") == 2
+
+
+def test_a_fetched_encoder_appears_whole(weights_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(name: str, local_dir: Path, ignore_patterns: list[str]) -> str:
+        (local_dir / ".cache").mkdir(parents=True)
+        (local_dir / "config.json").write_text(name, encoding="utf-8")
+        return str(local_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert main(["weights"]) == 0
+    found = sorted(str(path.relative_to(weights_dir)) for path in weights_dir.rglob("*"))
+    names = ("chinese-roberta-wwm-ext", "swin_large_patch4_window12_384.ms_in22k")
+    assert found == sorted([*names, *(f"{name}/config.json" for name in names)])
+
+
+VOCABULARIES = [None, *sorted((TOP.parent / "shared" / "data" / "vocab").glob("*_vocab.txt"))]
+TEXTS = [
+    "正品 iPhone 14 Pro Café（大）杯子 500ml",
+    "ＡＢＣ①㎏ ﬁne Ⅳ 號碼　全角　空格",
+    "naïve\u0301 ÀÉÎ Straße İstanbul ǅ",
+    "#1:#2;3//a-b_c+100% 【新品】《书》￥99.9元",
+    "emoji 😀👍🏽 \u200b\ufeff\u00ad\t\r\n零宽",
+    "日本語カタカナ ｶﾀｶﾅ 한국어 𠮷野家",
+    "",
+    "杯" * 300,
+    "supercalifragilistic" * 8,
+]
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=lambda path: path.stem if path else "small")
+def test_texts_become_the_tokens_of_the_reference_tokenizer(tmp_path: Path, vocabulary: Path | None) -> None:
+    words = vocabulary.read_text(encoding="utf-8") if vocabulary else "\n".join(WORDS.split()) + "\n"
+    (tmp_path / "vocab.txt").write_text(words, encoding="utf-8")
+    BertConfig(vocab_size=words.count("\n")).save_pretrained(tmp_path)
+    fast = AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer
+    fast.enable_truncation(140)
+    reference = BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
+    for raw in TEXTS:
+        for text in (raw, normalise(raw), item_text(Item("a", raw, "型号#:#A1#;#品牌#:#＃杯"), TEN_KEYS, "published")):
+            ids = fast.encode(text).ids
+            assert ids == reference(text, truncation=True, max_length=140)["input_ids"], text
+            assert len(ids) <= 140 and ids[0] == fast.token_to_id("[CLS]")
+    assert fast.encode(normalise("ＩＰＨＯＮＥ １４")).tokens == fast.encode("iphone 14").tokens
+    assert fast.encode("Cafés").tokens[1] == "cafe", "word pieces, lower case, no accents"
