@@ -160,6 +160,7 @@ VERBS: dict[str, Verb] = {
     "demo": ("the whole job on a sample catalogue, in minutes", add_demo, run_demo),
 }
 SCRIPTS = {
+    "download": "fetch the organiser's files, or take them from a folder",
     "sample": "draw the sample catalogue",
     "resize": "raw files -> checked items and 384 x 384 pictures",
     "split": "item-disjoint train and validation pairs",
