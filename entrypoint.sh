@@ -56,7 +56,9 @@ make_venv() { # one at a time; who waited finds it made
 }
 
 run_tests() { # [PYTEST_ARGUMENT...]
-    local argument config=$top/code/pyproject.toml tests=("$top/code/tests") cache mypy_cache
+    types=  # global: the trap outlives this function
+    local argument config=$top/code/pyproject.toml tests=("$top/code/tests") workers cache mypy_cache status=0
+    workers=(--numprocesses "$(nproc)" --dist worksteal)
     if [[ -n ${venv:-} ]]; then
         cache=$venv/cache mypy_cache=$venv/cache/mypy
     else # in the image nothing outlives the container, and /dev/shm is small
@@ -64,19 +66,29 @@ run_tests() { # [PYTEST_ARGUMENT...]
     fi
     # Test files named by the user replace the whole suite.
     for argument in "$@"; do
-        if [[ $argument == *.py || $argument == *.py::* ]]; then tests=(); fi
+        if [[ $argument == *.py || $argument == *.py::* ]]; then tests=() workers=(); fi
     done
     export HYPOTHESIS_STORAGE_DIRECTORY=$cache/hypothesis PYTHONDONTWRITEBYTECODE=1 MYPYPATH=$top/code
 
-    ( # from the top, so that messages name short paths; pytest takes its paths from where the user stands
+    # From the top, so that messages name short paths; pytest takes its paths from where the user stands.
+    (
         cd "$top"
         options=(--quiet --no-cache --config code/pyproject.toml code data_scripts submit/similarity.py)
         "$python" -P -m ruff format --check "${options[@]}"
         "$python" -P -m ruff check "${options[@]}"
-        "$python" -P -m mypy --strict --config-file code/pyproject.toml --cache-dir "$mypy_cache" \
-            code/tongkuan data_scripts
     )
-    exec "$python" -P -m pytest -c "$config" --rootdir "$top/code" -p no:cacheprovider -m "not slow" "${tests[@]}" "$@"
+    # Beside the tests: its first run takes a minute on one core.
+    (
+        cd "$top"
+        exec "$python" -P -m mypy --strict --config-file code/pyproject.toml --cache-dir "$mypy_cache" \
+            code/tongkuan data_scripts
+    ) &
+    types=$!
+    trap 'kill "$types" 2>/dev/null || true' EXIT
+    "$python" -P -m pytest -c "$config" --rootdir "$top/code" -p no:cacheprovider -m "not slow" \
+        "${workers[@]}" "${tests[@]}" "$@" || status=$?
+    wait "$types" || status=1
+    exit "$status"
 }
 
 python=${TONGKUAN_PYTHON:-}

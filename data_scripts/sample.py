@@ -165,7 +165,8 @@ def draw_product(look: Look) -> tuple[Image.Image, Image.Image]:
     inked = Image.new("L", (LAYER, LAYER))
     left, top, right, bottom = body.getbbox() or (0, 0, LAYER, LAYER)  # the pattern spans the product, be it small
     inked.paste(Image.fromarray(pattern_mask(pattern)).resize((right - left, bottom - top)), (left, top))
-    paint = np.where(np.asarray(inked)[..., None] > 0, np.array(INKS[pattern], dtype=np.float32), fill)  # (LAYER, LAYER, 3)
+    ink = np.array(INKS[pattern], dtype=np.float32)
+    paint = np.where(np.asarray(inked)[..., None] > 0, ink, fill)  # (LAYER, LAYER, 3)
     paint *= np.linspace(1.04, 0.92, LAYER, dtype=np.float32)[:, None]  # light from the left
     both = np.maximum(np.asarray(body), np.asarray(trim))
     grown = (

@@ -94,13 +94,16 @@ def whiten_head(head: nn.Linear, features: Tensor, norm: float, floor: float = 0
     Krähenbühl et al. (arXiv 1511.06856), by principal components; those below `floor` of the mean variance are noise
     and are not raised further.
     """
-    mean = features.double().mean(dim=0)
-    variances, directions = torch.linalg.eigh(torch.cov((features.double() - mean).T))
+    mean, deviation = features.double().mean(dim=0), features.double().std(dim=0).clamp(min=1e-6)
+    # Of correlations: text and picture come in scales of their own, and neither may outweigh the other.
+    variances, directions = torch.linalg.eigh(torch.cov(((features.double() - mean) / deviation).T))  # ascending
     whitener = directions / variances.clamp(min=floor * float(variances.mean())).sqrt()  # (W, W)
+    whitener /= deviation.unsqueeze(1)
     size, width = head.weight.shape
+    kept = min(size, width)  # of the components, the ones that vary most
     # Orthonormal, so that inner products of embeddings are those of the whitened features: no text times picture.
-    mixing = nn.init.orthogonal_(torch.empty(size, width, dtype=torch.float64))
-    weight = norm / math.sqrt(min(size, width)) * mixing @ whitener.T
+    mixing = nn.init.orthogonal_(torch.empty(size, kept, dtype=torch.float64))
+    weight = norm / math.sqrt(kept) * mixing @ whitener[:, -kept:].T
     head.weight.copy_(weight)
     head.bias.copy_(-weight @ mean)
 
