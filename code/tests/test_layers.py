@@ -13,15 +13,17 @@ LAYERS = [
     {"model", "data", "checkpoint"},
     {"encode"},
     {"memory"},
-    {"evaluate", "train", "predict", "judge", "demo", "release"},
+    {"evaluate", "train", "predict", "judge", "plot", "demo", "release"},
     {"__main__"},
 ]
-# Within a line: config needs the records' key list, data and checkpoint the model, train what evaluate shares.
+# Within a line: config needs the records' key list, data and checkpoint the model, train what evaluate shares,
+# plot and demo what the judges compute.
 NEIGHBOURS = {
     ("config", "records"),
     ("data", "model"),
     ("checkpoint", "model"),
     ("train", "evaluate"),
+    ("plot", "judge"),
     ("demo", "judge"),
 }
 IMPORT_NAMES = {
@@ -30,6 +32,7 @@ IMPORT_NAMES = {
     "huggingface-hub": "huggingface_hub",
     "pillow": "PIL",
     "pyyaml": "yaml",
+    "vl-convert-python": "vl_convert",
 }
 
 

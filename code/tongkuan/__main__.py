@@ -136,6 +136,17 @@ def run_score(arguments: Arguments) -> None:
     score(arguments.submit, arguments.pairs)
 
 
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    add_judge(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help=".svg or .png (default SUBMIT/scores.svg)")
+
+
+def run_plot(arguments: Arguments) -> None:
+    from tongkuan.plot import plot
+
+    plot(arguments.submit, arguments.pairs, arguments.out or arguments.submit / "scores.svg")
+
+
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
     parser.add_argument("--ablation", action="store_true", help="also train on text alone and on pictures alone")
@@ -157,6 +168,7 @@ VERBS: dict[str, Verb] = {
     "predict": ("write submit/result.jsonl", add_predict, run_predict),
     "check": ("hold a result against the judges' contract", add_judge, run_check),
     "score": ("the judges' F1 of a result", add_judge, run_score),
+    "plot": ("draw the scores of same and different pairs of a result", add_plot, run_plot),
     "demo": ("the whole job on a sample catalogue, in minutes", add_demo, run_demo),
 }
 SCRIPTS = {

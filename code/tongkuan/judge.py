@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tongkuan.files import UserError
-from tongkuan.metrics import quality_at
+from tongkuan.metrics import Labels, Scores, quality_at
 from tongkuan.records import Pair, Prediction, clip, read_pairs, read_predictions
 
 SECONDS_A_PAIR = 0.05
@@ -80,17 +80,23 @@ def check(submit_dir: Path, pairs_path: Path) -> None:
 
 def score(submit_dir: Path, pairs_path: Path) -> float:
     """Print and return the F1 that the judges compute."""
+    scores, labels, thresholds = judged(submit_dir, pairs_path)
+    quality = quality_at(scores, labels, thresholds)
+    print(f"{quality} on {len(scores)} pairs")
+    return quality.f1
+
+
+def judged(submit_dir: Path, pairs_path: Path) -> tuple[Scores, Labels, Scores]:
+    """(scores, labels, thresholds), (N,) each in the result's order, of a checked result with known answers."""
     pairs = read_pairs(pairs_path)
     rows = read_result(submit_dir, pairs, pairs_path)
     scores, thresholds = run_similarity(submit_dir, len(rows))
     labels_by_pair = {(pair.left, pair.right): pair.label for pair in pairs}
     labels = np.array([labels_by_pair[row.left, row.right] for row in rows], dtype=np.int64)
-    quality = quality_at(scores, labels, thresholds)
-    print(f"F1 {quality.f1:.4f}  precision {quality.precision:.4f}  recall {quality.recall:.4f}  on {len(rows)} pairs")
-    return quality.f1
+    return scores, labels, thresholds
 
 
-def run_similarity(submit_dir: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+def run_similarity(submit_dir: Path, count: int) -> tuple[Scores, Scores]:
     """(scores, thresholds), float64 (N,) each, by similarity.py in a process of its own, bounded in time."""
     similarity = submit_dir / "similarity.py"
     with tempfile.TemporaryDirectory() as folder:

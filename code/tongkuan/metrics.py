@@ -34,6 +34,9 @@ class Quality:
     def f1(self) -> float:
         return ratio(2 * self.true_positives, 2 * self.true_positives + self.false_positives + self.false_negatives)
 
+    def __str__(self) -> str:
+        return f"F1 {self.f1:.4f}  precision {self.precision:.4f}  recall {self.recall:.4f}"
+
 
 def ratio(part: int, whole: int) -> float:
     """part / whole, 0 when there is no whole."""
