@@ -13,15 +13,15 @@ import torch
 from tongkuan.judge import score
 
 Verb = Callable[[Sequence[str]], int]
-RANKS = 2  # without more GPUs: small operators gain nothing from a second thread, a second rank halves the time
+RANKS = 2  # without a GPU: small operators gain nothing from a second thread, a second rank halves the time
 INPUTS = {"both": "text and picture", "text": "text alone", "image": "picture alone"}
 
 
 def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: int | None, run_verb: Verb) -> None:
-    """Sample data -> resize -> split -> train -> predict -> check -> score, in `run_dir`; prints each command."""
+    """Sample data -> resize -> split -> train -> predict -> check -> score -> plot, in `run_dir`; prints each command."""
     started = time.monotonic()
     raw, data = run_dir / "raw", run_dir / "data"
-    ranks = ["--nproc", str(nproc or max(RANKS, torch.cuda.device_count()))]
+    ranks = ["--nproc", str(nproc or torch.cuda.device_count() or RANKS)]
 
     def announce(*words: object) -> list[str]:
         command = [str(word) for word in words]
@@ -33,7 +33,7 @@ def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: in
             sys.exit(code)
 
     step("sample", "--raw", raw)
-    step("resize", "--raw", raw, "--data", data, "--size", 96)  # the demo preset looks at 64 x 64
+    step("resize", "--raw", raw, "--data", data, "--size", 96)  # the demo preset looks at 16 x 16
     step("split", "--data", data)
     answers = data / "item_test_answers.jsonl"
     figures = {}
@@ -48,6 +48,7 @@ def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: in
         step("check", "--submit", submit, "--pairs", data / "item_test_pair.jsonl")
         announce("score", "--submit", submit, "--pairs", answers)
         figures[INPUTS[inputs]] = score(submit, answers)
+        step("plot", "--submit", submit, "--pairs", answers)
     print(f"\ndone in {time.monotonic() - started:.0f} s; F1 on products never trained on:")
     for name, f1 in figures.items():
         print(f"  {name:<18}{f1:.4f}")
