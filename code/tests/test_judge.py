@@ -44,7 +44,9 @@ def write(submit: Path, rows: list[dict[str, object]]) -> None:
 
 def test_a_right_result_passes_and_scores(submit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(submit, submit.parent / "pairs.jsonl")
+    before = sorted(submit.iterdir())
     assert score(submit, submit.parent / "pairs.jsonl") == 1.0
+    assert sorted(submit.iterdir()) == before  # nothing compiled beside what is handed in
     assert "2 rows keep the contract" in capsys.readouterr().out
 
 

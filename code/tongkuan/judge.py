@@ -101,7 +101,7 @@ def run_similarity(submit_dir: Path, count: int) -> tuple[Scores, Scores]:
     similarity = submit_dir / "similarity.py"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "scores.jsonl"
-        command = [sys.executable, "-I", "-c", RUNNER, *map(str, (similarity, submit_dir / "result.jsonl", out))]
+        command = [sys.executable, "-IB", "-c", RUNNER, *map(str, (similarity, submit_dir / "result.jsonl", out))]
         seconds = START_SECONDS + SECONDS_A_PAIR * count
         try:
             done = subprocess.run(
