@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 from worlds import tiny_settings
 
@@ -138,6 +139,25 @@ def test_a_picture_encoder_comes_from_a_local_file(tmp_path: Path) -> None:
     )
     encoder = build_image(settings, pretrained=True)
     assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in saved.state_dict().items())
+
+
+def test_an_encoder_of_the_hub_is_looked_for_in_weights_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tongkuan.model.WEIGHTS_DIR", tmp_path)
+    sizes = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    saved = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **sizes)
+    (tmp_path / "swin.ms_in22k").mkdir()
+    save_file(saved.state_dict(), tmp_path / "swin.ms_in22k" / "model.safetensors")
+    settings = ImageEncoder(
+        architecture="swin_tiny_patch4_window7_224", weights="hub:timm/swin.ms_in22k", size=32, arguments=sizes
+    )
+    encoder = build_image(settings, pretrained=True)  # its classifier stays behind
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    BertModel(BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "chinese-roberta-wwm-ext"
+    )
+    text = TextEncoder(weights="hub:hfl/chinese-roberta-wwm-ext")
+    assert text_config_of(text, 0)["hidden_size"] == 16
+    assert build_text(text, text_config_of(text, 0), pretrained=True).config.vocab_size == 30
 
 
 def test_weights_of_another_shape_are_refused_by_name() -> None:
