@@ -1,0 +1,63 @@
+"""Predicting as the published entry does, kept plain as the measure of ours: pair by pair, both sides anew each time.
+
+Both sides of every pair are decoded, padded to the longest text allowed and sent through both towers, a call a side, in
+fp32; each embedding is written with `str(list)`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tongkuan.config import ModelSettings
+from tongkuan.data import read_image
+from tongkuan.model import TwoTowers
+from tongkuan.records import Item, Pair, item_text
+
+BATCH = 4  # pairs
+
+
+def predict(
+    model: TwoTowers,
+    settings: ModelSettings,
+    tokenizer: Tokenizer,
+    items: Mapping[str, Item],
+    images: Path,
+    pairs: Sequence[Pair],
+    out: Path,
+) -> dict[str, NDArray[np.float32]]:
+    """Write a row a pair; returns the embedding [p ; q] (2D,) of each item as it was met last."""
+    met = {}
+    with out.open("wb") as file, torch.no_grad():
+        for start in range(0, len(pairs), BATCH):
+            batch = pairs[start : start + BATCH]
+            both = [
+                model(*side_inputs([items[item_id] for item_id in side], settings, tokenizer, images)).numpy()
+                for side in ([pair.left for pair in batch], [pair.right for pair in batch])
+            ]
+            for pair, left, right in zip(batch, *both, strict=True):
+                met[pair.left], met[pair.right] = left, right
+                row = [pair.left, str(left.tolist()), pair.right, str(right.tolist()), 0.0]
+                keys = ("src_item_id", "src_item_emb", "tgt_item_id", "tgt_item_emb", "threshold")
+                file.write(orjson.dumps(dict(zip(keys, row, strict=True))) + b"\n")
+    return met
+
+
+def side_inputs(
+    side: Sequence[Item], settings: ModelSettings, tokenizer: Tokenizer, images: Path
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pictures (B, 3, S, S), ids (B, max_tokens), mask (B, max_tokens)) of one side of a batch."""
+    pixels = np.stack([read_image(images / item.image_name, settings.image.size) for item in side])
+    mean, deviation = (
+        torch.tensor(numbers).view(1, 3, 1, 1) for numbers in (settings.image.mean, settings.image.deviation)
+    )
+    tokenizer.enable_truncation(settings.text.max_tokens)
+    tokenizer.enable_padding(length=settings.text.max_tokens)
+    encodings = tokenizer.encode_batch([item_text(item) for item in side])
+    ids, mask = (torch.tensor([getattr(e, name) for e in encodings]) for name in ("ids", "attention_mask"))
+    return (torch.from_numpy(pixels).float() / 255 - mean) / deviation, ids, mask

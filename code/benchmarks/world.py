@@ -1,0 +1,59 @@
+"""What the benchmarks run on: sample items with 384-pixel pictures and long texts, random encoders of real size."""
+
+import sys
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tongkuan.config import ModelSettings
+from tongkuan.records import Item, Pair, item_text, parse_item
+
+TOP = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(TOP / "data_scripts"))
+
+import sample  # noqa: E402 - one of the scripts on the path just set
+from pictures import squash  # noqa: E402
+
+TOKENS = (40, 110)  # of a text, from and to: as the competition's
+SETTINGS = ModelSettings.model_validate(
+    {
+        "text": {"weights": "random", "config": {"model_type": "bert", "vocab_size": 21128}, "max_tokens": 140},
+        "image": {
+            "architecture": "swin_tiny_patch4_window7_224",
+            "weights": "random",
+            "size": 384,
+            "arguments": {"img_size": 384, "window_size": 12},
+        },
+    }
+)
+
+
+def make_items(num_items: int, images: Path) -> dict[str, Item]:
+    """Items of the sample catalogue, each with a picture in `images` and a text of TOKENS characters."""
+    products = max(sample.FEWEST_PRODUCTS, num_items // 3)
+    listings = [row for rows in sample.plan(products).listings.values() for row in rows if not row.fault]
+    generator = np.random.default_rng(0)
+    words = "".join(str(row.row.get("title") or "") for row in listings)
+    items: dict[str, Item] = {}
+    images.mkdir(parents=True, exist_ok=True)
+    for number, listing in zip(count(), tqdm(listings[:num_items], desc="drawing", unit="item", disable=None)):
+        length, start = int(generator.integers(*TOKENS)), int(generator.integers(len(words) - TOKENS[1]))
+        item = parse_item({**listing.row, "title": words[start : start + length], "item_pvs": "", "sku_pvs": ""}, "")
+        picture, *_ = squash(sample.encode_picture(sample.generator(0, 1, 0, number), listing), SETTINGS.image.size)
+        (images / item.image_name).write_bytes(picture)
+        items[item.item_id] = item
+    return items
+
+
+def make_pairs(items: dict[str, Item]) -> list[Pair]:
+    """As many pairs as items: each item in two on average."""
+    ids = np.array(list(items))
+    left, right = np.random.default_rng(1).permutation(len(ids)), np.random.default_rng(2).permutation(len(ids))
+    return [Pair(str(ids[a]), str(ids[b if a != b else (b + 1) % len(ids)])) for a, b in zip(left, right, strict=True)]
+
+
+def texts(items: dict[str, Item]) -> list[str]:
+    """What the tokenizer learns its characters from."""
+    return [item_text(item) for item in items.values()]
