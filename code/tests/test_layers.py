@@ -11,6 +11,7 @@ LAYERS = [
     {"files"},
     {"records", "config", "distributed", "metrics"},
     {"model", "data", "checkpoint"},
+    {"cache"},
     {"encode"},
     {"memory"},
     {"evaluate", "train", "predict", "judge", "plot", "demo", "release"},

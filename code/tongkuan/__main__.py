@@ -38,6 +38,7 @@ def add_model_options(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument("--threshold", type=float, help="instead of the model's own")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32")
     parser.add_argument("--encode-batch", type=int, default=32, metavar="N", help="items a batch (default 32)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings: a killed run goes on from them")
     add_nproc(parser)
 
 
@@ -91,7 +92,15 @@ def run_evaluate(arguments: Arguments) -> None:
     from tongkuan.evaluate import evaluate
 
     settings = DataSettings(encode_batch=arguments.encode_batch)
-    evaluate(arguments.data, arguments.split, arguments.model, settings, arguments.precision, arguments.threshold)
+    evaluate(
+        arguments.data,
+        arguments.split,
+        arguments.model,
+        settings,
+        arguments.precision,
+        arguments.threshold,
+        arguments.cache,
+    )
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +121,7 @@ def run_predict(arguments: Arguments) -> None:
         settings,
         arguments.precision,
         arguments.threshold,
+        arguments.cache,
     )
 
 

@@ -127,10 +127,14 @@ class ItemStore:
             self._tokens[item_id] = encoding.ids
         return [self._tokens[item_id] for item_id in item_ids]
 
+    def picture(self, item_id: str) -> str:
+        """Name of the item's picture file, empty when it has none or the model looks at none."""
+        return self.items[item_id].image_name if self.settings.inputs != "text" else ""
+
     def image(self, item_id: str) -> NDArray[np.uint8] | None:
         """The item's picture (3, S, S), or None when it has none or it cannot be read (then `unreadable` knows)."""
-        name = self.items[item_id].image_name
-        if self.settings.inputs == "text" or not name:
+        name = self.picture(item_id)
+        if not name:
             return None
         if (kept := self._images.get(name)) is not None:
             return kept

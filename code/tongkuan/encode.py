@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tongkuan.cache import Cache
 from tongkuan.config import DataSettings, Precision
 from tongkuan.data import Batch, ItemStore, normalised, prefetch
 from tongkuan.distributed import Ranks, available_cores
@@ -58,27 +59,42 @@ def encode(
     ranks: Ranks,
     precision: Precision = "fp32",
     label: str = "encode",
+    cache: Cache | None = None,
 ) -> dict[str, Embeddings]:
-    """Embeddings [p ; q] float32 (2D,) of every item, by id, on every rank. The model is in evaluation mode."""
+    """Embeddings [p ; q] float32 (2D,) of every item, by id, on every rank. The model is in evaluation mode.
+
+    Batches that the cache holds are not computed again, nor their pictures decoded.
+    """
     batches = length_batches(store, item_ids, settings.encode_batch)
     own = ranks.shard(batches)
     lanes = 1 if ranks.device.type == "cuda" else max(1, available_cores() // ranks.count)
 
-    def run(batch: Batch) -> Embeddings:
+    def load(ids: list[str]) -> tuple[list[str], Batch | Embeddings]:
+        kept = cache.load(store, ids) if cache else None
+        return ids, store.batch(ids) if kept is None else kept
+
+    def run(job: tuple[list[str], Batch | Embeddings]) -> Embeddings:
+        ids, batch = job
+        if not isinstance(batch, Batch):
+            return batch
         with torch.inference_mode(), autocast(ranks.device, precision):
             batch = batch.to(ranks.device)
             images = normalised(batch, store.settings.image)
             numbers: Embeddings = model(images, batch.ids, batch.mask).float().cpu().numpy()
-            return numbers
+        if cache:
+            cache.save(store, ids, batch, numbers)
+        return numbers
 
     found: dict[str, Embeddings] = {}
     progress = tqdm(total=len(item_ids), desc=label, unit="item", disable=None if ranks.is_first else True)
     with one_thread_each(), progress:
-        loaded = prefetch(own, store.batch, settings.workers)
+        loaded = prefetch(own, load, settings.workers)
         for ids, numbers in zip(own, prefetch(loaded, run, lanes), strict=True):
             found.update(zip(ids, numbers, strict=True))
             progress.update(min(len(ids) * ranks.count, len(item_ids) - progress.n))
-    merged = {item_id: row for part in ranks.gather(found) for item_id, row in part.items()}
+    parts = ranks.gather((found, store.unreadable))
+    store.unreadable = set().union(*(unreadable for _, unreadable in parts))
+    merged = {item_id: row for part, _ in parts for item_id, row in part.items()}
     return {item_id: merged[item_id] for item_id in item_ids}
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tongkuan.cache import open_cache
 from tongkuan.checkpoint import load_model
 from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
 from tongkuan.distributed import ranks
 from tongkuan.encode import distinct_items, encode, scores_of
+from tongkuan.files import check_writable
 from tongkuan.metrics import Labels, Scores, best_threshold, bootstrap, quality_at
 from tongkuan.records import Pair, item_file, pair_file, read_items, read_pairs
 
@@ -23,16 +25,26 @@ def labels_of(pairs: Sequence[Pair]) -> Labels:
 
 
 def evaluate(
-    data_dir: Path, split: str, model_path: Path, settings: DataSettings, precision: Precision, threshold: float | None
+    data_dir: Path,
+    split: str,
+    model_path: Path,
+    settings: DataSettings,
+    precision: Precision,
+    threshold: float | None,
+    cache_dir: Path | None = None,
 ) -> None:
     """Print the table."""
+    if cache_dir is not None:
+        check_writable(cache_dir)
     model, card = load_model(model_path)
     items_path = item_file(data_dir, split)
     items = read_items(items_path)
     pairs = read_pairs(pair_file(data_dir, split), items, items_path=items_path)
     store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
     with ranks() as fellows:
-        embeddings = encode(model.to(fellows.device), store, distinct_items(pairs), settings, fellows, precision)
+        cache = open_cache(cache_dir, model_path, precision, fellows.device)
+        item_ids = distinct_items(pairs)
+        embeddings = encode(model.to(fellows.device), store, item_ids, settings, fellows, precision, cache=cache)
         if not fellows.is_first:
             return
     chosen = card.threshold if threshold is None else threshold

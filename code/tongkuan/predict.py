@@ -6,7 +6,7 @@
 import hashlib
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import orjson
 from tqdm import tqdm
 
 from tongkuan import __version__
+from tongkuan.cache import VERSIONED, open_cache
 from tongkuan.checkpoint import ModelCard, load_model
 from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
@@ -36,7 +37,6 @@ from tongkuan.records import (
 
 # In the image a folder mounted over submit/ hides the first; the Dockerfile keeps the second for that.
 SIMILARITY = next(path for path in (TOP / "submit" / "similarity.py", TOP / "code" / "similarity.py") if path.is_file())
-VERSIONED = ("torch", "timm", "transformers", "tokenizers", "numpy", "pillow")
 
 
 def predict(
@@ -47,9 +47,12 @@ def predict(
     settings: DataSettings,
     precision: Precision = "fp32",
     threshold: float | None = None,
+    cache_dir: Path | None = None,
 ) -> None:
-    """Predict every pair of a split. UserError before any encoding when an input or the folder is unfit."""
-    check_writable(submit_dir)
+    """Predict every pair of a split. UserError before any encoding when an input or a folder is unfit."""
+    for folder in (submit_dir, cache_dir):
+        if folder is not None:
+            check_writable(folder)
     model, card = load_model(model_path)
     items_path, pairs_path = item_file(data_dir, split), pair_file(data_dir, split)
     items = read_items(items_path)
@@ -58,7 +61,8 @@ def predict(
     chosen = card.threshold if threshold is None else threshold
     with ranks() as fellows:
         item_ids = distinct_items(pairs)
-        embeddings = encode(model.to(fellows.device), store, item_ids, settings, fellows, precision, "predict")
+        cache = open_cache(cache_dir, model_path, precision, fellows.device)
+        embeddings = encode(model.to(fellows.device), store, item_ids, settings, fellows, precision, "predict", cache)
         if not fellows.is_first:
             return
         write_result(submit_dir / "result.jsonl", pairs, embeddings, chosen)
@@ -74,7 +78,9 @@ def predict(
             "pairs": len(pairs),
             "items": len(item_ids),
             "encode_batch": settings.encode_batch,
-            "images_sha256": images_hash(data_dir, [items[item_id] for item_id in item_ids]),
+            "images_sha256": images_hash(
+                data_dir, [items[item_id] for item_id in item_ids], cache.picture_hashes if cache else {}
+            ),
             "blank_pictures": sorted(store.unreadable),
         }
         write_manifest(submit_dir / "manifest.json", inputs | outputs, facts, card, fellows)
@@ -96,12 +102,13 @@ def write_result(path: Path, pairs: Sequence[Pair], embeddings: dict[str, Embedd
                 raise UserError(f"{where}: reads back as another pair; predict again")
 
 
-def images_hash(data_dir: Path, items: Sequence[Item]) -> str:
-    """SHA-256 over (name, SHA-256 of the file) of the pictures used, sorted by name."""
+def images_hash(data_dir: Path, items: Sequence[Item], known: Mapping[str, str]) -> str:
+    """SHA-256 over (name, SHA-256 of the file) of the pictures used, sorted by name; `known` are hashed already."""
     digest = hashlib.sha256()
     for name in sorted({item.image_name for item in items if item.image_name}):
         path = data_dir / "images" / name
-        digest.update(f"{name}\0{sha256_of(path) if path.is_file() else 'missing'}\n".encode())
+        found = known.get(name) or (sha256_of(path) if path.is_file() else "missing")
+        digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
 
 
