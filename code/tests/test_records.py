@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -211,7 +212,7 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 @given(st.lists(FLOATS, min_size=1, max_size=16))
 def test_an_embedding_comes_back_exactly(numbers: list[float]) -> None:
     embedding = np.array(numbers, dtype=np.float32)
-    text = format_embedding(embedding)
+    text = format_embedding(embedding).decode()
     assert json.loads(text) == parse_embedding(text, "here").tolist(), "the judges read it with Python's own json"
     back = parse_embedding(text, "here").astype(np.float32)
     assert back.tobytes() == embedding.tobytes()
@@ -219,11 +220,26 @@ def test_an_embedding_comes_back_exactly(numbers: list[float]) -> None:
 
 def test_an_embedding_of_a_strided_array_is_written_in_order() -> None:
     embedding = np.arange(8, dtype=np.float32)[::2]
-    assert parse_embedding(format_embedding(embedding), "here").tolist() == [0, 2, 4, 6]
+    assert parse_embedding(format_embedding(embedding).decode(), "here").tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_an_embedding_that_is_not_finite_is_never_written(number: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        format_embedding(np.array([1, number], dtype=np.float32))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.lists(FLOATS, min_size=1, max_size=4), FLOATS)
+def test_a_row_is_the_json_of_its_fields(item_id: str, numbers: list[float], threshold: float) -> None:
+    text = format_embedding(np.array(numbers, dtype=np.float32))
+    row = prediction_row(item_id, text, "b", text, threshold)
+    fields = [item_id, text.decode(), "b", text.decode(), threshold]
+    keys = ["src_item_id", "src_item_emb", "tgt_item_id", "tgt_item_emb", "threshold"]
+    assert row == orjson.dumps(dict(zip(keys, fields, strict=True))) + b"\n"
 
 
 def test_predictions_come_back(path: Path) -> None:
-    path.write_bytes(prediction_row("a", "[0.5,1]", "b", "[2,-3e-9]", 1.65))
+    path.write_bytes(prediction_row("a", b"[0.5,1]", "b", b"[2,-3e-9]", 1.65))
     [(where, prediction)] = read_predictions(path)
     assert where == f"{path}:1"
     assert (prediction.left, prediction.right, prediction.threshold) == ("a", "b", 1.65)

@@ -6,7 +6,7 @@
 import hashlib
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from tongkuan.records import (
     prediction_row,
     read_items,
     read_pairs,
-    read_predictions,
 )
 
 # In the image a folder mounted over submit/ hides the first; the Dockerfile keeps the second for that.
@@ -91,15 +90,23 @@ def predict(
 
 
 def write_result(path: Path, pairs: Sequence[Pair], embeddings: dict[str, Embeddings], threshold: float) -> None:
-    """One line a pair in the order of the pairs; re-read and checked before it gets its name."""
-    texts = {item_id: format_embedding(embedding) for item_id, embedding in embeddings.items()}
+    """One line a pair in the order of the pairs; read back before it gets its name."""
+    try:
+        texts = {item_id: format_embedding(embedding) for item_id, embedding in embeddings.items()}
+    except ValueError as error:
+        raise UserError(f"{error}; the model is damaged or --precision is too low for it: train again") from error
+
+    def rows() -> Iterator[bytes]:
+        for pair in pairs:
+            yield prediction_row(pair.left, texts[pair.left], pair.right, texts[pair.right], threshold)
+
     with publish(path) as file:
-        for pair in tqdm(pairs, desc="write", unit="pair", disable=None):
-            file.write(prediction_row(pair.left, texts[pair.left], pair.right, texts[pair.right], threshold))
+        file.writelines(tqdm(rows(), desc="write", unit="pair", total=len(pairs), disable=None))
         file.flush()
-        for (where, row), pair in zip(read_predictions(Path(file.name)), pairs, strict=True):
-            if (row.left, row.right, row.threshold) != (pair.left, pair.right, threshold):
-                raise UserError(f"{where}: reads back as another pair; predict again")
+        with Path(file.name).open("rb") as written:
+            for number, (line, row) in enumerate(zip(written, rows(), strict=True), 1):
+                if line != row:
+                    raise RuntimeError(f"{path}:{number}: reads back otherwise than it was written; check the disk")
 
 
 def images_hash(data_dir: Path, items: Sequence[Item], known: Mapping[str, str]) -> str:
