@@ -195,7 +195,7 @@ def stamp(draw: ImageDraw.ImageDraw, kind: str, numbers: list[float]) -> None:
 
 @cache
 def pattern_mask(pattern: str) -> NDArray[np.bool_]:
-    """bool (LAYER, LAYER): where the second colour goes. Bold enough to be told apart at 64 x 64."""
+    """bool (LAYER, LAYER): where the second colour goes. Bold enough to be told apart at 16 x 16."""
     y, x = np.meshgrid(*[np.linspace(0, 1, LAYER, endpoint=False)] * 2, indexing="ij")
     masks = {
         "plain": x < 0,

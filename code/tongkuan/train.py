@@ -31,7 +31,7 @@ from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
 from tongkuan.records import Pair, components, item_file, item_text, pair_file, read_items, read_pairs
 
-WHITEN_BATCHES = 24  # of encode_batch items: more than any head is wide, and quick
+WHITEN_BATCHES = 24  # of encode_batch items: enough to know their spread by, and quick
 
 WHITEN_NORMS = (0.3, 3.0)  # of the threshold and the commodity tower's embeddings
 
