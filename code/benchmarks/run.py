@@ -1,13 +1,18 @@
 """How fast predicting and writing are beside the published way, on the same weights and data, in turn in one process.
 
 `PYTHONPATH=code .venv/bin/python code/benchmarks/run.py --items 16 --runs 5`
+`--profile` says where our time goes, `--linear` how it grows, `--cache` what a second run takes, `--compile` what
+torch.compile brings. Training is timed by train_step.py, preparing by resize.py.
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +20,183 @@ import numpy as np
 import reference
 import torch
 import world
+from tokenizers import Tokenizer
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from turns import in_turn, report
 
-from tongkuan.config import DataSettings
+from tongkuan.checkpoint import ModelCard, save_model
+from tongkuan.config import DataSettings, Precision
 from tongkuan.data import ItemStore, character_tokenizer
-from tongkuan.distributed import ranks
-from tongkuan.encode import distinct_items, encode
-from tongkuan.model import build, text_config_of
-from tongkuan.predict import write_result
-from tongkuan.records import Pair
+from tongkuan.distributed import Ranks
+from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, length_batches, settle
+from tongkuan.model import TwoTowers, build, text_config_of
+from tongkuan.predict import predict, write_result
+from tongkuan.processor import available_cores
+from tongkuan.records import Item, Pair, info_row, item_file, pair_file, pair_row
 
 ROWS = 16_000  # of the writing benchmark, of 1,024 numbers a side
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def multiply_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """GFLOP/s of a square matrix multiplication: the machine's own limit."""
+def multiply_rate(dtype: torch.dtype, size: int = 1024) -> float:
+    """GFLOP/s of a square matrix multiplication over all cores: the machine's own limit."""
     left, right = torch.rand(2, size, size).to(dtype)
-    left @ right
     started, times = time.perf_counter(), 0
-    while time.perf_counter() - started < 1:
+    while times == 0 or time.perf_counter() - started < 1:
         left @ right
         times += 1
     return 2 * size**3 * times / (time.perf_counter() - started) / 1e9
 
 
-def in_turn(runs: int, published: Callable[[], Any], ours: Callable[[], Any]) -> tuple[list[float], list[float]]:
-    """Seconds of each, run by run: the machine's drift meets both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(runs):
-        for taken, run in zip(seconds, (published, ours), strict=True):
-            started = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - started)
-    return seconds
+@dataclass
+class World:
+    """Items in as many pairs, and one network of real size."""
+
+    items: dict[str, Item]
+    pairs: list[Pair]
+    images: Path
+    tokenizer: Tokenizer
+    model: TwoTowers
+
+    def store(self) -> ItemStore:
+        """With nothing read yet."""
+        return ItemStore(self.items, self.images, world.SETTINGS, self.tokenizer)
+
+    def ours(self, model: TwoTowers, out: Path, precision: Precision = "fp32") -> dict[str, Embeddings]:
+        """Decode, tokenise, encode and write."""
+        embeddings = encode(model, self.store(), distinct_items(self.pairs), DataSettings(), ALONE, precision)
+        write_result(out, self.pairs, embeddings, 0.0)
+        return embeddings
 
 
-def report(name: str, unit: str, amount: int, seconds: tuple[list[float], list[float]]) -> None:
-    """A line of the table: medians, and the ratio with its spread over the runs."""
-    rates = [amount / statistics.median(taken) for taken in seconds]
-    ratios = [published / ours for published, ours in zip(*seconds, strict=True)]
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(
-        f"{name:<10}{rates[0]:>12,.2f}{rates[1]:>12,.2f} {unit:<10}{statistics.median(ratios):>7.2f} x  ({spread})",
-        flush=True,
-    )
-
-
-def bench_predict(num_items: int, runs: int, folder: Path) -> None:
-    """Decode, tokenise, encode and write, with the model loaded and nothing cached between runs."""
+def make_world(num_items: int, folder: Path) -> World:
     items = world.make_items(num_items, folder / "images")
-    pairs = world.make_pairs(items)
-    settings = world.SETTINGS
     tokenizer = character_tokenizer(world.texts(items))
     torch.manual_seed(0)
-    model = build(settings, text_config_of(settings.text, tokenizer.get_vocab_size()), pretrained=False).eval()
+    config = text_config_of(world.SETTINGS.text, tokenizer.get_vocab_size())
+    model = build(world.SETTINGS, config, pretrained=False).eval()
+    return World(items, world.make_pairs(items), folder / "images", tokenizer, model)
+
+
+def largest_difference(one: dict[str, Embeddings], other: dict[str, Embeddings]) -> float:
+    return max(float(np.abs(one[item_id] - other[item_id]).max()) for item_id in other)
+
+
+def bench_predict(made: World, runs: int, precision: Precision, folder: Path) -> None:
+    """With the model loaded and nothing cached between runs."""
+    published_model, model = reference.as_published(copy.deepcopy(made.model)), copy.deepcopy(made.model)
+    if warning := settle(model, ALONE.device, precision):
+        print(warning)
     found: dict[str, Any] = {}
 
     def published() -> None:
         found["published"] = reference.predict(
-            model, settings, tokenizer, items, folder / "images", pairs, folder / "published.jsonl"
+            published_model, world.SETTINGS, made.tokenizer, made.items, made.images, made.pairs, folder / "published"
         )
 
     def ours() -> None:
-        store = ItemStore(items, folder / "images", settings, tokenizer)
-        with ranks() as fellows:
-            found["ours"] = encode(model, store, distinct_items(pairs), DataSettings(encode_batch=8), fellows)
-        write_result(folder / "ours.jsonl", pairs, found["ours"], 0.0)
+        found["ours"] = made.ours(model, folder / "ours", precision)
 
-    seconds = in_turn(runs, published, ours)
-    worst = max(float(np.abs(found["published"][i] - found["ours"][i]).max()) for i in found["ours"])
-    report("predict", "pairs/s", len(pairs), seconds)
-    print(f"{'':<10}largest difference of a number {worst:.1e}")
+    report("predict", "pairs/s", len(made.pairs), in_turn(runs, published, ours))
+    print(f"{'':<10}largest difference of a number {largest_difference(found['published'], found['ours']):.1e}")
+
+
+def bench_compile(made: World, runs: int, folder: Path) -> None:
+    """Our way as it is, and with its encoders compiled; compiling itself is told apart."""
+    compiled = copy.deepcopy(made.model)
+    for tower in (compiled.threshold, compiled.commodity):
+        tower.text, tower.image = torch.compile(tower.text, dynamic=True), torch.compile(tower.image, dynamic=True)
+    settle(compiled, ALONE.device, "fp32")
+    started = time.perf_counter()
+    made.ours(compiled, folder / "compiled")
+    print(f"{'':<10}the first run, which compiles, takes {time.perf_counter() - started:.0f} s")
+    seconds = in_turn(
+        runs, lambda: made.ours(made.model, folder / "plain"), lambda: made.ours(compiled, folder / "compiled")
+    )
+    report("compiled", "pairs/s", len(made.pairs), seconds)
+
+
+def flops_of(made: World) -> float:
+    """Floating-point operations of all encoders over all items, padding included."""
+    model, store, size = reference.as_published(copy.deepcopy(made.model)), made.store(), world.SETTINGS.image.size
+    counted = []
+    for width in world.TOKENS:
+        ids = torch.zeros(1, width, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 3, size, size), ids, torch.ones_like(ids))
+        counted.append(counter.get_total_flops())
+    # Nearly linear in the tokens: their attention is a hundredth of the whole.
+    each = (counted[1] - counted[0]) / (world.TOKENS[1] - world.TOKENS[0])
+    batches = length_batches(store, list(made.items), batch_size(DataSettings(), world.SETTINGS, ALONE.device))
+    widths = [(len(ids), max(map(len, store.tokens(ids)))) for ids in batches]
+    return float(sum(count * (counted[0] + each * (width - world.TOKENS[0])) for count, width in widths))
+
+
+def profile_predict(made: World, precision: Precision, folder: Path) -> None:
+    """Seconds of each part, summed over threads, and the operators that take most of the encoders' time."""
+    model, spent = copy.deepcopy(made.model), Counter[str]()
+    settle(model, ALONE.device, precision)
+
+    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return work(*arguments)
+            finally:
+                spent[name] += time.perf_counter() - started
+
+        return run
+
+    store = made.store()
+    item_ids, lanes = distinct_items(made.pairs), available_cores()
+    model.forward = timed("encoders", model.forward)  # type: ignore[method-assign]
+    store.image = timed("decode", store.image)  # type: ignore[method-assign]
+    store.tokens = timed("tokenise", store.tokens)  # type: ignore[method-assign]
+    started = time.perf_counter()
+    embeddings = encode(model, store, item_ids, DataSettings(), ALONE, precision)
+    timed("write", write_result)(folder / "ours", made.pairs, embeddings, 0.0)
+    wall = time.perf_counter() - started
+    print(f"wall {wall:.2f} s; " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in spent.items()))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    limit, rate = multiply_rate(dtype), flops_of(made) / (spent["encoders"] / lanes) / 1e9
+    print(f"encoders: {spent['encoders'] / lanes / wall:.0%} of the wall time of {lanes} cores, ", end="")
+    print(f"{rate:.0f} GFLOP/s, {rate / limit:.0%} of a {precision} matrix multiplication's {limit:.0f}")
+    with profile(activities=[ProfilerActivity.CPU]) as operators:
+        made.ours(model, folder / "ours", precision)
+    for line in operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=12).splitlines()[:16]:
+        print(line[:100].rstrip())
+
+
+def bench_linear(made: World, runs: int, folder: Path) -> None:
+    """A quarter of the items, then all of them, in turn."""
+    settle(made.model, ALONE.device, "fp32")
+    few = World(dict(list(made.items.items())[: len(made.items) // 4]), [], made.images, made.tokenizer, made.model)
+    few.pairs = world.make_pairs(few.items)
+    small, large = in_turn(runs, lambda: few.ours(few.model, folder / "a"), lambda: made.ours(made.model, folder / "b"))
+    ratios = [b / a for a, b in zip(small, large, strict=True)]
+    print(
+        f"{len(few.items)} items {statistics.median(small):.2f} s, {len(made.items)} items {statistics.median(large):.2f} "
+        f"s: {statistics.median(ratios):.2f} x the time ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
+def bench_cache(made: World, folder: Path) -> None:
+    """The whole verb, twice, model loading included."""
+    for path, rows in (
+        (item_file(folder, "test"), [info_row({"item_id": i.item_id, "title": i.title}, i.image_name) for i in made.items.values()]),
+        (pair_file(folder, "test"), [pair_row(pair) for pair in made.pairs]),
+    ):
+        path.write_bytes(b"".join(rows))
+    config = text_config_of(world.SETTINGS.text, made.tokenizer.get_vocab_size())
+    save_model(folder / "model", made.model, ModelCard(world.SETTINGS, 0.0, config, made.tokenizer.to_str()))
+    seconds = []
+    for name in ("first", "second"):
+        started = time.perf_counter()
+        predict(folder, "test", folder / "model", folder / name, DataSettings(), cache_dir=folder / "cache")
+        seconds.append(time.perf_counter() - started)
+    is_same = (folder / "first/result.jsonl").read_bytes() == (folder / "second/result.jsonl").read_bytes()
+    print(f"predict {seconds[0]:.1f} s, again {seconds[1]:.1f} s: {seconds[1] / seconds[0]:.1%}; same bytes: {is_same}")
 
 
 def bench_write(runs: int, folder: Path) -> None:
@@ -109,13 +221,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=16, help="of predict, and as many pairs (default 16)")
     parser.add_argument("--runs", type=int, default=5, help="of each, in turn (default 5)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="ours (default fp32)")
+    modes = ("write", "predict", "profile", "linear", "cache", "compile")
+    for mode in modes:
+        parser.add_argument(f"--{mode}", action="store_true", help="only what is named so")
     arguments = parser.parse_args()
+    chosen = [mode for mode in modes if getattr(arguments, mode)] or ["write", "predict"]
     for dtype in (torch.float32, torch.bfloat16):
         print(f"matrix multiplication, {str(dtype).removeprefix('torch.')}: {multiply_rate(dtype):,.0f} GFLOP/s")
     print(f"{'':<10}{'published':>12}{'ours':>12} {'':<10}{'ratio':>9}  (spread over {arguments.runs} runs)")
-    with tempfile.TemporaryDirectory() as folder:
-        bench_write(arguments.runs, Path(folder))
-        bench_predict(arguments.items, arguments.runs, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "write" in chosen:
+            bench_write(arguments.runs, folder)
+        if chosen == ["write"]:
+            return
+        made = make_world(arguments.items, folder)
+        if "predict" in chosen:
+            bench_predict(made, arguments.runs, arguments.precision, folder)
+        if "profile" in chosen:
+            profile_predict(made, arguments.precision, folder)
+        if "linear" in chosen:
+            bench_linear(made, arguments.runs, folder)
+        if "cache" in chosen:
+            bench_cache(made, folder)
+        if "compile" in chosen:
+            bench_compile(made, arguments.runs, folder)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tongkuan.__main__ import main
-from tongkuan.cache import Cache, processor_of
+from tongkuan.cache import Cache
 from tongkuan.config import DataSettings
 from tongkuan.files import UserError
 from tongkuan.model import TwoTowers
 from tongkuan.predict import predict
+from tongkuan.processor import processor_of
 from tongkuan.records import item_file
 
 SETTINGS = DataSettings(encode_batch=5, workers=2)

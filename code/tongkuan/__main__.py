@@ -37,7 +37,7 @@ def add_model_options(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"default {MODEL}")
     parser.add_argument("--threshold", type=float, help="instead of the model's own")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32")
-    parser.add_argument("--encode-batch", type=int, default=32, metavar="N", help="items a batch (default 32)")
+    parser.add_argument("--encode-batch", type=int, metavar="N", help="items a batch (default: by device and picture)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings: a killed run goes on from them")
     add_nproc(parser)
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tongkuan.config import Precision
 from tongkuan.data import Batch, ItemStore
 from tongkuan.files import publish, sha256_of
+from tongkuan.processor import processor_of
 
 # Packages that decide the bits of an embedding.
 VERSIONED = ("torch", "timm", "transformers", "tokenizers", "numpy", "pillow")
@@ -100,15 +101,3 @@ def open_cache(folder: Path | None, model_path: Path, precision: Precision, devi
 def checksum(key: str, body: bytes) -> bytes:
     """Of a file's contents under this name."""
     return hashlib.sha256(key.encode() + body).digest()
-
-
-def processor_of(device: torch.device) -> str:
-    """What computes: another GPU or CPU takes other kernels, which round otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    name = next((line for line in lines if line.startswith("model name")), "")
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {name}"

@@ -131,8 +131,8 @@ class DataSettings(Section):
 
     workers: Positive = 4
     """Threads that decode pictures ahead."""
-    encode_batch: Positive = 32
-    """Items a batch when only encoding."""
+    encode_batch: Positive | None = None
+    """Items a batch when only encoding; empty: 32, on a CPU fewer when pictures are too large for its caches."""
     cache_mb: Annotated[int, Field(ge=0)] = 1024
     """Memory for decoded pictures kept between visits."""
 

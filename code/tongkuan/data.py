@@ -34,6 +34,10 @@ class Batch:
     ids: Tensor
     mask: Tensor
 
+    def pin(self) -> "Batch":
+        """The same batch in memory that a GPU reads by itself, while the CPU does other things."""
+        return Batch(*(tensor.pin_memory() for tensor in (self.images, self.has_image, self.ids, self.mask)))
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         tensors = (self.images, self.has_image, self.ids, self.mask)

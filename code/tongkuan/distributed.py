@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tongkuan.processor import available_cores
+
 T = TypeVar("T")
 STUCK_AFTER = timedelta(minutes=30)  # of a collective; real-size validation takes minutes, a lost rank for ever
 
@@ -102,8 +104,3 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
-
-
-def available_cores() -> int:
-    """Processors this process may use (a container's limit counts where the kernel shows it)."""
-    return len(os.sched_getaffinity(0))

@@ -13,7 +13,7 @@ from tongkuan.checkpoint import load_model
 from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
 from tongkuan.distributed import ranks
-from tongkuan.encode import distinct_items, encode, scores_of
+from tongkuan.encode import distinct_items, encode, scores_of, settle
 from tongkuan.files import check_writable
 from tongkuan.metrics import Labels, Scores, best_threshold, bootstrap, quality_at
 from tongkuan.records import Pair, item_file, pair_file, read_items, read_pairs
@@ -44,14 +44,34 @@ def evaluate(
     with ranks() as fellows:
         cache = open_cache(cache_dir, model_path, precision, fellows.device)
         item_ids = distinct_items(pairs)
-        embeddings = encode(model.to(fellows.device), store, item_ids, settings, fellows, precision, cache=cache)
+        exact = None
+        if precision != "fp32":  # before the weights are halved
+            exact_cache = open_cache(cache_dir, model_path, "fp32", fellows.device)
+            settle(model, fellows.device, "fp32")
+            exact = encode(model, store, item_ids, settings, fellows, "fp32", "fp32", exact_cache)
+        warning = settle(model, fellows.device, precision)
+        embeddings = encode(model, store, item_ids, settings, fellows, precision, cache=cache)
         if not fellows.is_first:
             return
     chosen = card.threshold if threshold is None else threshold
     print(f"{model_path} on {len(pairs)} pairs of {split}, {precision}")
-    print_qualities(scores_of(pairs, embeddings), labels_of(pairs), {"as trained": 0.0, "chosen": chosen})
+    scores = scores_of(pairs, embeddings)
+    print_qualities(scores, labels_of(pairs), {"as trained": 0.0, "chosen": chosen})
+    if exact is not None:
+        print(differences(scores, scores_of(pairs, exact), chosen, precision))
+    if warning:
+        print(warning)
     if complaint := store.complaint():
         print(complaint)
+
+
+def differences(scores: Scores, exact: Scores, threshold: float, precision: Precision) -> str:
+    """One line on what a lower precision costs: verdicts that differ from fp32, and the largest change of a score."""
+    changed = int(((scores > threshold) != (exact > threshold)).sum())
+    return (
+        f"{precision} against fp32: {changed} of {len(exact)} verdicts differ at {threshold:.4f}, "
+        f"largest change of a score {np.abs(scores - exact).max():.2g}"
+    )
 
 
 def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]) -> None:

@@ -121,6 +121,13 @@ def build(settings: ModelSettings, text_config: Mapping[str, Any] | None, pretra
     return TwoTowers(*towers)
 
 
+def halve_weights(model: TwoTowers, dtype: torch.dtype) -> None:
+    """Round once, and for good, the weights that autocast would round in every batch: the same numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+
+
 def checkpoint_activations(model: TwoTowers) -> None:
     """Keep no inner activations of the four encoders for backward; recompute them."""
     for tower in (model.threshold, model.commodity):
@@ -227,7 +234,10 @@ def build_text(settings: TextEncoder, config: Mapping[str, Any], pretrained: boo
 def build_image(settings: ImageEncoder, pretrained: bool) -> nn.Module:
     """A timm encoder that pools (num_classes=0)."""
     import timm
+    from timm.layers.config import set_fused_attn
 
+    # Swin's attention, too, without its table of scores in memory: timm takes that for an experiment.
+    set_fused_attn(True, experimental=True)
     kind, place = locate(settings.weights) if pretrained else ("random", "")
     if not timm.is_model(settings.architecture):
         raise UserError(f"model.image.architecture {clip(settings.architecture)}: timm has no such network")

@@ -20,7 +20,7 @@ from tongkuan.checkpoint import ModelCard, load_model
 from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
 from tongkuan.distributed import Ranks, ranks
-from tongkuan.encode import Embeddings, distinct_items, encode
+from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, settle
 from tongkuan.files import UserError, check_writable, publish, sha256_of
 from tongkuan.model import TOP
 from tongkuan.records import (
@@ -61,7 +61,9 @@ def predict(
     with ranks() as fellows:
         item_ids = distinct_items(pairs)
         cache = open_cache(cache_dir, model_path, precision, fellows.device)
-        embeddings = encode(model.to(fellows.device), store, item_ids, settings, fellows, precision, "predict", cache)
+        if (warning := settle(model, fellows.device, precision)) and fellows.is_first:
+            print(warning)
+        embeddings = encode(model, store, item_ids, settings, fellows, precision, "predict", cache)
         if not fellows.is_first:
             return
         write_result(submit_dir / "result.jsonl", pairs, embeddings, chosen)
@@ -76,7 +78,7 @@ def predict(
             "threshold": chosen,
             "pairs": len(pairs),
             "items": len(item_ids),
-            "encode_batch": settings.encode_batch,
+            "encode_batch": batch_size(settings, card.settings, fellows.device),
             "images_sha256": images_hash(
                 data_dir, [items[item_id] for item_id in item_ids], cache.picture_hashes if cache else {}
             ),

@@ -23,7 +23,7 @@ from tongkuan.checkpoint import ModelCard, Run, save_model
 from tongkuan.config import Settings, TrainSettings
 from tongkuan.data import Batch, ItemStore, augment, build_tokenizer, normalised, open_store, prefetch
 from tongkuan.distributed import Ranks, ranks
-from tongkuan.encode import autocast, distinct_items, encode, length_batches, one_thread_each, scores_of
+from tongkuan.encode import autocast, batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
 from tongkuan.evaluate import labels_of
 from tongkuan.files import UserError, check_writable, publish
 from tongkuan.memory import describe_memory
@@ -31,7 +31,7 @@ from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
 from tongkuan.records import Pair, components, item_file, item_text, pair_file, read_items, read_pairs
 
-WHITEN_BATCHES = 24  # of encode_batch items: enough to know their spread by, and quick
+WHITEN_ITEMS = 768  # enough to know their spread by, and quick
 
 WHITEN_NORMS = (0.3, 3.0)  # of the threshold and the commodity tower's embeddings
 
@@ -217,11 +217,12 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
 def whiten(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks) -> None:
     """whiten_head of both towers on the first training items by id; the same on every rank."""
     item_ids = distinct_items(task.train_pairs)
-    chosen = sorted(item_ids)[: settings.data.encode_batch * WHITEN_BATCHES]
+    chosen = sorted(item_ids)[:WHITEN_ITEMS]
+    size = batch_size(settings.data, settings.model, fellows.device)
     model.eval()
     with one_thread_each(), torch.no_grad():
         features: list[list[Tensor]] = [[], []]
-        for item_batch in length_batches(task.train_store, chosen, settings.data.encode_batch):
+        for item_batch in length_batches(task.train_store, chosen, size):
             batch = task.train_store.batch(item_batch).to(fellows.device)
             images = normalised(batch, settings.model.image)
             for found, tower in zip(features, (model.threshold, model.commodity), strict=True):
