@@ -62,7 +62,7 @@ class Bench:
         recompute = self.settings.train.checkpoint_activations and not is_published
         for tower in (self.model.threshold, self.model.commodity):
             tower.text.set_attn_implementation("eager" if is_published else "sdpa")  # type: ignore[union-attr, operator]
-            tower.text.gradient_checkpointing_disable()  # type: ignore[union-attr, operator]
+            tower.text.activation_checkpointing_disable()  # type: ignore[union-attr, operator]
             tower.image.set_grad_checkpointing(False)  # type: ignore[union-attr, operator]
         if recompute:
             checkpoint_activations(self.model)
