@@ -1,7 +1,7 @@
-"""Predicting as the published entry does, kept plain as the measure of ours: pair by pair, both sides anew each time.
+"""Predicting and training as the published entry does, kept plain as the measure of ours: both sides of a pair anew.
 
 Both sides of every pair are decoded, padded to the longest text allowed and sent through both towers, a call a side, in
-fp32; each embedding is written with `str(list)`.
+fp32; each embedding is written with `str(list)`; a training step reads its loss and its accuracy as numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,16 @@ import orjson
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tongkuan.config import ModelSettings
 from tongkuan.data import read_image
-from tongkuan.model import TwoTowers
+from tongkuan.model import TwoTowers, pair_logits
 from tongkuan.records import Item, Pair, item_text
 
 BATCH = 4  # pairs
+
+Side = tuple[Tensor, Tensor, Tensor]
 
 
 def predict(
@@ -48,9 +50,7 @@ def predict(
     return met
 
 
-def side_inputs(
-    side: Sequence[Item], settings: ModelSettings, tokenizer: Tokenizer, images: Path
-) -> tuple[Tensor, Tensor, Tensor]:
+def side_inputs(side: Sequence[Item], settings: ModelSettings, tokenizer: Tokenizer, images: Path) -> Side:
     """(pictures (B, 3, S, S), ids (B, max_tokens), mask (B, max_tokens)) of one side of a batch."""
     pixels = np.stack([read_image(images / item.image_name, settings.image.size) for item in side])
     mean, deviation = (
@@ -61,3 +61,22 @@ def side_inputs(
     encodings = tokenizer.encode_batch([item_text(item) for item in side])
     ids, mask = (torch.tensor([getattr(e, name) for e in encodings]) for name in ("ids", "attention_mask"))
     return (torch.from_numpy(pixels).float() / 255 - mean) / deviation, ids, mask
+
+
+def pair_loss(model: TwoTowers, sides: Sequence[Side], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss (), logits (B, 2)) of B pairs: a call of the network a side."""
+    left, right = (model(*side) for side in sides)
+    logits = pair_logits(left, right)
+    return nn.functional.cross_entropy(logits, labels), logits
+
+
+def training_step(
+    model: TwoTowers, optimizer: torch.optim.Optimizer, sides: Sequence[Side], labels: Tensor, clip_norm: float
+) -> tuple[float, float]:
+    """One optimiser step on B pairs: (loss, accuracy) as numbers, so a device would be waited for at each step."""
+    loss, logits = pair_loss(model, sides, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    return loss.item(), (logits.argmax(dim=1) == labels).float().mean().item()

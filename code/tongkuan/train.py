@@ -6,6 +6,7 @@ Run the same command again after an interruption: it goes on from the last check
 
 import math
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tongkuan.checkpoint import ModelCard, Run, save_model
-from tongkuan.config import Settings, TrainSettings
+from tongkuan.config import Augmentation, Settings, TrainSettings
 from tongkuan.data import Batch, ItemStore, augment, build_tokenizer, normalised, open_store, prefetch
 from tongkuan.distributed import Ranks, ranks
 from tongkuan.encode import autocast, batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
@@ -99,7 +100,27 @@ class BatchDraw:
         if not self._groups:
             return generator.permutation(len(self.pairs))
         groups = [self._groups[index] for index in generator.permutation(len(self._groups))]
-        return np.concatenate([generator.permutation(group) for group in groups])
+        return np.concatenate([walk(self.pairs, generator.permutation(group)) for group in groups])
+
+
+def walk(pairs: Sequence[Pair], group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The indices of a component from its first on, depth first: each item's pairs follow one another.
+
+    Components are often far larger than a batch: in any other order their pairs would hardly meet.
+    """
+    touching: dict[str, list[int]] = {}
+    for index in group.tolist():
+        for item_id in (pairs[index].left, pairs[index].right):
+            touching.setdefault(item_id, []).append(index)
+    order: dict[int, None] = {}
+    ahead = [pairs[group[0]].left]
+    while ahead:
+        item_id = ahead.pop()
+        for index in touching.pop(item_id, ()):
+            if index not in order:
+                order[index] = None
+                ahead.append(pairs[index].right if pairs[index].left == item_id else pairs[index].left)
+    return np.array(list(order), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +194,7 @@ def make_optimizer(model: TwoTowers, settings: TrainSettings) -> torch.optim.Ada
         if parameters:
             groups.append({"params": parameters, "peak": peak})
     return torch.optim.Adam(
-        groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+        groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
 
 
@@ -243,6 +264,8 @@ class Learner:
         if fellows.count > 1:
             gpu = [fellows.device] if fellows.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(model, device_ids=gpu)
+        self.waited = 0.0
+        """Seconds that steps have stood still for their input."""
 
     def step(self, step: int, loaded: Iterator[Loaded]) -> tuple[Tensor, Tensor]:
         """One optimiser step on the next `accumulate` parts: (this rank's mean loss, gradient norm before clipping)."""
@@ -252,9 +275,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         mean_loss = torch.zeros((), device=self.device)
         for number in range(options.accumulate):
+            started = time.perf_counter()
             part, batch, labels = next(loaded)
+            self.waited += time.perf_counter() - started
             with gradient_exchange(self.wrapped, is_last=number == options.accumulate - 1):
-                loss = self.part_loss(part, batch.to(self.device), labels.to(self.device)) / options.accumulate
+                loss = self.part_loss(part, batch.to(self.device), labels) / options.accumulate
                 self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -266,14 +291,19 @@ class Learner:
     def part_loss(self, part: Part, batch: Batch, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a part's pairs; all items go through the (wrapped) model in one forward."""
         options = self.settings.train
-        images = normalised(batch, self.settings.model.image)
-        images, mask = augment(
-            images, batch.mask, options.augmentation, options.seed, part.step, part.rows, 2 * options.pairs
+        # Indexing by a list, or copying without non_blocking, would have the host wait for the device.
+        left, right, classes = (
+            torch.as_tensor(numbers).to(self.device, non_blocking=True) for numbers in (part.left, part.right, labels)
         )
+        images, mask = normalised(batch, self.settings.model.image), batch.mask
+        if options.augmentation != Augmentation():  # its draws are made on the host
+            images, mask = augment(
+                images, mask, options.augmentation, options.seed, part.step, part.rows, 2 * options.pairs
+            )
         with autocast(self.device, options.precision):
             embeddings = self.wrapped(images, batch.ids, mask)  # (items, 2D)
         embeddings = embeddings.float()
-        return nn.functional.cross_entropy(pair_logits(embeddings[part.left], embeddings[part.right]), labels)
+        return nn.functional.cross_entropy(pair_logits(embeddings[left], embeddings[right]), classes)
 
 
 def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run: Run) -> None:
@@ -289,7 +319,7 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
         return part, task.train_store.batch(part.item_ids), torch.from_numpy(labels_of(part.pairs))
 
     loaded = prefetch(parts(task, options, fellows, done), load, settings.data.workers)
-    losses: list[Tensor] = []
+    losses: list[Tensor] = []  # since the last row, on the device
     pairs = options.pairs
     quiet = None if fellows.is_first else True
     with tqdm(total=options.steps * pairs, initial=done * pairs, desc="train", unit="pair", disable=quiet) as progress:
@@ -300,13 +330,15 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
             finished, is_last = step + 1, step + 1 == options.steps
             if finished % options.log_every == 0 or is_last:
                 mean = float(np.mean(fellows.gather(float(torch.stack(losses).mean()))))
+                wait = learner.waited / len(losses)
+                learner.waited = 0.0
                 losses.clear()
                 if not math.isfinite(mean):
                     raise RuntimeError(f"loss is {mean} at step {finished}; {run.last} is the last good state")
                 rate = learner.optimizer.param_groups[0]["lr"]
                 figures = {"loss": mean, "gradient_norm": float(norm), "learning_rate": rate}
                 run.log(finished, figures, progress.format_dict["rate"])
-                progress.set_postfix(loss=f"{mean:.4f}")
+                progress.set_postfix(loss=f"{mean:.4f}", data_wait=f"{1000 * wait:.1f} ms")
             if finished % options.validate_every == 0 or is_last:
                 validate(model, task, settings, fellows, run, finished)
             if finished % options.save_every == 0 or is_last:

@@ -1,0 +1,163 @@
+"""A training step of ours beside the published way, and what it may not do between two rows of the log."""
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import tiny_settings
+
+from tongkuan.config import Settings, TrainSettings
+from tongkuan.distributed import Ranks
+from tongkuan.model import build
+from tongkuan.records import Pair
+from tongkuan.train import BatchDraw, Learner, load_task, make_optimizer, parts, train
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import train_step
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+
+
+class Waits(TorchDispatchMode):
+    """Names of the operators within that a host would wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := func._schema.name) in SYNCHRONISING:
+            self.met.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def small_bench(data: Path, draw: str, recompute: bool = False) -> train_step.Bench:
+    """BERT and Swin of real make and small size, steps long enough for a difference to grow."""
+    train_options = {"pairs": 4, "draw": draw, "learning_rate": 1e-4, "checkpoint_activations": recompute}
+    text = {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    image = {"img_size": 32, "window_size": 4, "embed_dim": 16, "num_heads": [2, 2, 2, 2]}
+    model = {
+        "embedding_size": 16,
+        "text": {"config": text, "max_tokens": 48},
+        "image": {"architecture": "swin_tiny_patch4_window7_224", "size": 32, "arguments": image},
+    }
+    settings = Settings.model_validate({"model": model, "train": train_options})
+    settings = settings.model_copy(update={"model": train_step.shallow(settings.model, 0.34)})
+    return train_step.Bench(settings, load_task(settings, data))
+
+
+@pytest.mark.parametrize(("draw", "recompute"), [("random", False), ("component", True)])
+def test_ten_steps_lose_what_the_published_way_loses(data: Path, draw: str, recompute: bool) -> None:
+    bench = small_bench(data, draw, recompute)
+    published, ours = bench.losses(10)
+    assert ours == pytest.approx(published, abs=1e-4)
+    assert max(published) - min(published) > 1e-2, "batches must differ for their agreement to say anything"
+
+
+def test_recomputing_keeps_at_most_a_quarter_of_the_published_ways_bytes(data: Path) -> None:
+    published, ours = small_bench(data, "random", recompute=True).kept()
+    assert 0 < ours <= published / 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_waits_for_no_number_beyond_what_the_text_encoders_read(
+    data: Path, tmp_path: Path, precision: str
+) -> None:
+    """transformers asks of each mask whether anything is padded: a wait a forward of a text encoder, not ours."""
+    settings = tiny_settings(tmp_path, f"train.precision={precision}", "train.accumulate=2")
+    task = load_task(settings, data)
+    learner = Learner(build(settings.model, task.card.text_config, pretrained=True).train(), settings, ALONE)
+    loaded = [
+        (part, task.train_store.batch(part.item_ids), torch.tensor([pair.label for pair in part.pairs]))
+        for part in itertools.islice(parts(task, settings.train, ALONE, 0), 4)
+    ]
+    coming = iter(loaded)
+    with Waits() as waits:
+        for step in range(2):
+            loss, norm = learner.step(step, coming)
+        assert len(waits.met) <= 2 * 2 * 2, "steps x parts x text encoders"
+    with Waits() as encoders:
+        for _, batch, _ in loaded:
+            for tower in (learner.model.threshold, learner.model.commodity):
+                tower.text(input_ids=batch.ids, attention_mask=batch.mask)
+    assert waits.met == encoders.met
+    with Waits() as noticed:
+        float(loss + norm)
+    assert len(noticed.met) == 1, "one of ours would have been seen"
+
+
+def test_the_log_alone_reads_numbers(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run's 8 steps, 2 are logged: a loss and a norm each."""
+    read = []
+    as_float = torch.Tensor.__float__
+
+    def counted(tensor: torch.Tensor) -> float:
+        read.append(tensor)
+        return as_float(tensor)
+
+    monkeypatch.setattr("tongkuan.train.validate", lambda *_: None)
+    monkeypatch.setattr("tongkuan.train.shutil.copyfileobj", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "__float__", counted)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.safetensors").touch()
+    settings = tiny_settings(tmp_path, "train.steps=8", "train.log_every=4", "train.save_every=8")
+    train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")
+    assert len(read) == 4
+
+
+def test_the_wait_for_data_is_shown_and_kept_out_of_the_metrics(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("tongkuan.train.tqdm.set_postfix", lambda _, **figures: shown.append(figures))
+    train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model.safetensors")
+    assert shown and all(figures["data_wait"].endswith(" ms") for figures in shown)
+    rows = [orjson.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
+    names = {name for row in rows for name in row}
+    validation = {"valid_f1", "threshold", "valid_f1_at_0", "valid_average_precision"}
+    assert names == {"step", "loss", "gradient_norm", "learning_rate"} | validation
+
+
+def test_a_component_is_walked_so_that_its_pairs_meet() -> None:
+    """A ring of 400 pairs: drawn by chance, 4 pairs have 8 items; walked along, 5."""
+    order = np.random.default_rng(0).permutation(400).tolist()
+    pairs = [Pair(str(a), str(b), 0) for a, b in zip(order, [*order[1:], order[0]], strict=True)]
+    shuffled = [pairs[index] for index in np.random.default_rng(1).permutation(400)]
+
+    def items_a_pair(draw: str) -> float:
+        batches = BatchDraw(shuffled, TrainSettings(pairs=4, draw=draw))
+        return sum(len({i for p in batches.batch(step) for i in (p.left, p.right)}) for step in range(100)) / 400
+
+    assert items_a_pair("random") > 1.9
+    assert items_a_pair("component") < 1.3
+
+
+def test_the_fused_optimiser_steps_as_the_plain_one(data: Path, tmp_path: Path) -> None:
+    """Channels-last weights among them: a kernel that ran over bare memory would mix them up."""
+    settings = tiny_settings(tmp_path)
+    text_config = load_task(settings, data).card.text_config
+    models = []
+    for is_plain in (False, True):
+        torch.manual_seed(0)
+        model = build(settings.model, text_config, pretrained=True)
+        optimizer = make_optimizer(model, settings.train)
+        assert optimizer.param_groups[0]["fused"]
+        if is_plain:
+            for group in optimizer.param_groups:
+                group["fused"] = group["foreach"] = False
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape)
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            optimizer.step()
+        models.append(model)
+    for fused, plain in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(fused, plain, rtol=1e-5, atol=1e-7)
