@@ -50,6 +50,17 @@ def predict(
     return met
 
 
+def as_published(model: TwoTowers) -> TwoTowers:
+    """Attention written out and pictures plane by plane, as before fused attention and channels-last were there."""
+    for tower in (model.threshold, model.commodity):
+        if tower.text is not None:
+            tower.text.set_attn_implementation("eager")  # type: ignore[operator]
+        for module in tower.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+    return model.to(memory_format=torch.contiguous_format)
+
+
 def side_inputs(side: Sequence[Item], settings: ModelSettings, tokenizer: Tokenizer, images: Path) -> Side:
     """(pictures (B, 3, S, S), ids (B, max_tokens), mask (B, max_tokens)) of one side of a batch."""
     pixels = np.stack([read_image(images / item.image_name, settings.image.size) for item in side])

@@ -33,7 +33,7 @@ from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, leng
 from tongkuan.model import TwoTowers, build, text_config_of
 from tongkuan.predict import predict, write_result
 from tongkuan.processor import available_cores
-from tongkuan.records import Item, Pair, info_row, item_file, pair_file, pair_row
+from tongkuan.records import Item, Pair, info_row, item_file, pair_file, pair_row, read_predictions
 
 ROWS = 16_000  # of the writing benchmark, of 1,024 numbers a side
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -176,15 +176,18 @@ def bench_linear(made: World, runs: int, folder: Path) -> None:
     small, large = in_turn(runs, lambda: few.ours(few.model, folder / "a"), lambda: made.ours(made.model, folder / "b"))
     ratios = [b / a for a, b in zip(small, large, strict=True)]
     print(
-        f"{len(few.items)} items {statistics.median(small):.2f} s, {len(made.items)} items {statistics.median(large):.2f} "
-        f"s: {statistics.median(ratios):.2f} x the time ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"{len(few.items)} items {statistics.median(small):.2f} s, {len(made.items)} {statistics.median(large):.2f} s: "
+        f"{statistics.median(ratios):.2f} x the time ({min(ratios):.2f} to {max(ratios):.2f})"
     )
 
 
 def bench_cache(made: World, folder: Path) -> None:
     """The whole verb, twice, model loading included."""
     for path, rows in (
-        (item_file(folder, "test"), [info_row({"item_id": i.item_id, "title": i.title}, i.image_name) for i in made.items.values()]),
+        (
+            item_file(folder, "test"),
+            [info_row({"item_id": i.item_id, "title": i.title}, i.image_name) for i in made.items.values()],
+        ),
         (pair_file(folder, "test"), [pair_row(pair) for pair in made.pairs]),
     ):
         path.write_bytes(b"".join(rows))
@@ -212,9 +215,23 @@ def bench_write(runs: int, folder: Path) -> None:
                 left, right = (str(embeddings[side].tolist()) for side in (pair.left, pair.right))
                 file.write(f'{{"src_item_emb": "{left}", "tgt_item_emb": "{right}"}}\n')
 
-    report(
-        "write", "rows/s", ROWS, in_turn(runs, published, lambda: write_result(folder / "ours", pairs, embeddings, 0))
-    )
+    def ours() -> None:
+        write_result(folder / "ours", pairs, embeddings, 0.0)
+
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    ours()
+    print(f"{'':<10}writing took {(resident('VmHWM') - before) / 1000:.0f} MB above the embeddings")
+    for row, pair in zip(read_predictions(folder / "ours"), pairs, strict=True):
+        if not np.array_equal(row[1].left_embedding, embeddings[pair.left]):
+            raise RuntimeError(f"{row[0]}: other numbers than were written")
+    report("write", "rows/s", ROWS, in_turn(runs, published, ours))
+
+
+def resident(name: str) -> int:
+    """kB of memory that /proc/self/status has under a name."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import reference
 import torch
 import world
-from run import report
 from torch import Tensor
+from turns import report
 
 from tongkuan.checkpoint import ModelCard
 from tongkuan.config import ModelSettings, Settings
@@ -64,6 +64,9 @@ class Bench:
             tower.text.set_attn_implementation("eager" if is_published else "sdpa")  # type: ignore[union-attr, operator]
             tower.text.activation_checkpointing_disable()  # type: ignore[union-attr, operator]
             tower.image.set_grad_checkpointing(False)  # type: ignore[union-attr, operator]
+            for module in tower.modules():
+                if hasattr(module, "fused_attn"):
+                    module.fused_attn = not is_published
         if recompute:
             checkpoint_activations(self.model)
 
@@ -156,12 +159,12 @@ def bench_steps(bench: Bench, runs: int) -> None:
             if run:
                 taken.append(spent)
             else:
-                learner.waited = 0.0
+                learner.take_wait()
     pairs = bench.settings.train.pairs
     report("train", "pairs/s", pairs, seconds)
     draw = parts(bench.task, bench.settings.train, ALONE, 0)
     items = statistics.mean(len(part.item_ids) / pairs for part in itertools.islice(draw, 1, runs + 1))
-    print(f"{'':<10}distinct items a pair {items:.2f}; our steps waited {1000 * learner.waited / runs:.1f} ms for data")
+    print(f"{'':<10}distinct items a pair {items:.2f}; our steps waited {1000 * learner.take_wait():.1f} ms for data")
 
 
 def bench_losses(bench: Bench, steps: int) -> None:

@@ -287,3 +287,22 @@ def test_the_kept_model_is_the_best_and_carries_its_threshold(model: Path) -> No
     best = max(rows, key=lambda row: row["valid_f1"])
     assert (card.threshold, card.facts["step"]) == (best["threshold"], best["step"])
     assert load_file(model).keys() == load_file(model.parent / "run" / "best.safetensors").keys()
+
+
+def test_rows_of_a_run_that_stopped_between_two_of_them_are_those_of_an_unbroken_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_settings(tmp_path, "train.log_every=3", "train.save_every=2")
+    train(settings, data, tmp_path / "unbroken", tmp_path / "a.safetensors")
+    real = Learner.step
+
+    def step(self: Learner, number: int, loaded: Iterator[Loaded]) -> tuple[torch.Tensor, torch.Tensor]:
+        if number == 4:
+            raise RuntimeError("power cut")
+        return real(self, number, loaded)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
+        patched.setattr(Learner, "step", step)
+        train(settings, data, tmp_path / "broken", tmp_path / "b.safetensors")
+    train(settings, data, tmp_path / "broken", tmp_path / "b.safetensors")
+    assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "unbroken")

@@ -120,6 +120,7 @@ class Run:
         self.run_dir, self.settings, self.fellows = run_dir, settings, fellows
         self.best_f1 = -1.0
         self.metrics: list[dict[str, Any]] = []
+        self.losses: list[Tensor] = []  # this rank's since the last row, on its device
         self.last, self.best = run_dir / "last.pt", run_dir / "best.safetensors"
         self._board: Any = None
 
@@ -143,11 +144,13 @@ class Run:
         scaler.load_state_dict(state["scaler"])
         set_rng(state["rng"][self.fellows.rank], self.fellows.device)
         self.best_f1, self.metrics = state["best_f1"], state["metrics"]
+        self.losses = [torch.tensor(loss, device=self.fellows.device) for loss in state["losses"][self.fellows.rank]]
         return int(state["step"])
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Publish last.pt and metrics.jsonl; every rank takes part."""
         rng = self.fellows.gather(get_rng(self.fellows.device))
+        losses = self.fellows.gather([float(loss) for loss in self.losses])
         if self.fellows.is_first:
             state = {
                 "settings": self.described(),
@@ -156,6 +159,7 @@ class Run:
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "rng": rng,
+                "losses": losses,
                 "best_f1": self.best_f1,
                 "metrics": self.metrics,
             }
@@ -169,8 +173,8 @@ class Run:
         """The settings that decide what is learned, as plain values."""
         return self.settings.model_dump(mode="json", include={"model", "train"})
 
-    def log(self, step: int, figures: dict[str, float], speed: float | None = None) -> None:
-        """Keep a row for metrics.jsonl (nothing of the clock in it) and draw it; the first rank only."""
+    def log(self, step: int, figures: dict[str, float], clock: Mapping[str, float] | None = None) -> None:
+        """Keep a row for metrics.jsonl and draw it, and draw `clock`, which no artefact holds; the first rank only."""
         if not self.fellows.is_first:
             return
         self.metrics.append({"step": step, **figures})
@@ -178,10 +182,8 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step)
-        for name, value in figures.items():
+        for name, value in {**figures, **(clock or {})}.items():
             self._board.add_scalar(name, value, step)
-        if speed is not None:
-            self._board.add_scalar("pairs_per_second", speed, step)
 
     def close(self) -> None:
         """Flush the curves."""

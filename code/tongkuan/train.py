@@ -30,6 +30,7 @@ from tongkuan.files import UserError, check_writable, publish
 from tongkuan.memory import describe_memory
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
+from tongkuan.processor import keep_freed_memory
 from tongkuan.records import Pair, components, item_file, item_text, pair_file, read_items, read_pairs
 
 WHITEN_ITEMS = 768  # enough to know their spread by, and quick
@@ -264,8 +265,8 @@ class Learner:
         if fellows.count > 1:
             gpu = [fellows.device] if fellows.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(model, device_ids=gpu)
-        self.waited = 0.0
-        """Seconds that steps have stood still for their input."""
+        self.waited, self.steps = 0.0, 0
+        """Seconds that steps have stood still for their input, and how many steps."""
 
     def step(self, step: int, loaded: Iterator[Loaded]) -> tuple[Tensor, Tensor]:
         """One optimiser step on the next `accumulate` parts: (this rank's mean loss, gradient norm before clipping)."""
@@ -286,7 +287,13 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.steps += 1
         return mean_loss, norm
+
+    def take_wait(self) -> float:
+        """Seconds a step stood still for its input since the last question."""
+        wait, self.waited, self.steps = self.waited / max(1, self.steps), 0.0, 0
+        return wait
 
     def part_loss(self, part: Part, batch: Batch, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a part's pairs; all items go through the (wrapped) model in one forward."""
@@ -309,6 +316,7 @@ class Learner:
 def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run: Run) -> None:
     """The training loop: data, step, log, validate, save."""
     options = settings.train
+    keep_freed_memory()
     learner = Learner(model, settings, fellows)
     if fellows.is_first:
         print(describe_memory(model, learner.optimizer, settings, fellows), flush=True)
@@ -316,28 +324,29 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
     model.train()
 
     def load(part: Part) -> Loaded:
-        return part, task.train_store.batch(part.item_ids), torch.from_numpy(labels_of(part.pairs))
+        batch = task.train_store.batch(part.item_ids)
+        return part, batch.pin() if fellows.device.type == "cuda" else batch, torch.from_numpy(labels_of(part.pairs))
 
     loaded = prefetch(parts(task, options, fellows, done), load, settings.data.workers)
-    losses: list[Tensor] = []  # since the last row, on the device
     pairs = options.pairs
     quiet = None if fellows.is_first else True
     with tqdm(total=options.steps * pairs, initial=done * pairs, desc="train", unit="pair", disable=quiet) as progress:
         for step in range(done, options.steps):
             loss, norm = learner.step(step, loaded)
-            losses.append(loss)
+            run.losses.append(loss)
             progress.update(pairs)
             finished, is_last = step + 1, step + 1 == options.steps
             if finished % options.log_every == 0 or is_last:
-                mean = float(np.mean(fellows.gather(float(torch.stack(losses).mean()))))
-                wait = learner.waited / len(losses)
-                learner.waited = 0.0
-                losses.clear()
+                mean = float(np.mean(fellows.gather(float(torch.stack(run.losses).mean()))))
+                run.losses.clear()
                 if not math.isfinite(mean):
                     raise RuntimeError(f"loss is {mean} at step {finished}; {run.last} is the last good state")
                 rate = learner.optimizer.param_groups[0]["lr"]
                 figures = {"loss": mean, "gradient_norm": float(norm), "learning_rate": rate}
-                run.log(finished, figures, progress.format_dict["rate"])
+                wait = learner.take_wait()
+                run.log(
+                    finished, figures, {"pairs_per_second": progress.format_dict["rate"], "data_wait_seconds": wait}
+                )
                 progress.set_postfix(loss=f"{mean:.4f}", data_wait=f"{1000 * wait:.1f} ms")
             if finished % options.validate_every == 0 or is_last:
                 validate(model, task, settings, fellows, run, finished)
