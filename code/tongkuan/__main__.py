@@ -125,6 +125,18 @@ def run_predict(arguments: Arguments) -> None:
     )
 
 
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    add_submit(parser)
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="item files and images/")
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"default {MODEL}")
+
+
+def run_verify(arguments: Arguments) -> None:
+    from tongkuan.verify import verify
+
+    verify(arguments.submit, arguments.data, arguments.model)
+
+
 def add_submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--submit", type=Path, default=Path("submit"), metavar="DIR", help="default submit")
 
@@ -176,6 +188,7 @@ VERBS: dict[str, Verb] = {
     "train": ("train a model; the same command resumes", add_train, run_train),
     "evaluate": ("precision, recall and F1 of a model on labelled pairs", add_evaluate, run_evaluate),
     "predict": ("write submit/result.jsonl", add_predict, run_predict),
+    "verify": ("predict again from manifest.json and compare to the byte", add_verify, run_verify),
     "check": ("hold a result against the judges' contract", add_judge, run_check),
     "score": ("the judges' F1 of a result", add_judge, run_score),
     "plot": ("draw the scores of same and different pairs of a result", add_plot, run_plot),

@@ -23,6 +23,7 @@ from tongkuan.distributed import Ranks, ranks
 from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, settle
 from tongkuan.files import UserError, check_writable, publish, sha256_of
 from tongkuan.model import TOP
+from tongkuan.processor import processor_of
 from tongkuan.records import (
     Item,
     Pair,
@@ -130,6 +131,7 @@ def write_manifest(path: Path, files: dict[str, Path], facts: dict[str, Any], ca
         "model_settings": card.settings.model_dump(mode="json"),
         "model_facts": card.facts,
         "device": fellows.device.type,
+        "processor": processor_of(fellows.device),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONED},
     }

@@ -343,10 +343,8 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
                     raise RuntimeError(f"loss is {mean} at step {finished}; {run.last} is the last good state")
                 rate = learner.optimizer.param_groups[0]["lr"]
                 figures = {"loss": mean, "gradient_norm": float(norm), "learning_rate": rate}
-                wait = learner.take_wait()
-                run.log(
-                    finished, figures, {"pairs_per_second": progress.format_dict["rate"], "data_wait_seconds": wait}
-                )
+                speed, wait = progress.format_dict["rate"] or 0.0, learner.take_wait()
+                run.log(finished, figures, {"pairs_per_second": speed, "data_wait_seconds": wait})
                 progress.set_postfix(loss=f"{mean:.4f}", data_wait=f"{1000 * wait:.1f} ms")
             if finished % options.validate_every == 0 or is_last:
                 validate(model, task, settings, fellows, run, finished)

@@ -1,0 +1,105 @@
+"""verify.py: a result is rebuilt to the byte, or the input that differs is named."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from commands import ok, run_verb
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tongkuan.config import DataSettings
+from tongkuan.files import UserError
+from tongkuan.predict import predict
+from tongkuan.verify import explain, verify
+
+
+@pytest.fixture
+def world(data: Path, model: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """(submit, data, model) of the test's own, predicted with all that is not the default."""
+    own, copied, submit = tmp_path / "data", tmp_path / "model.safetensors", tmp_path / "submit"
+    shutil.copytree(data, own)
+    shutil.copy(model, copied)
+    predict(own, "test", copied, submit, DataSettings(encode_batch=7), "bf16", 0.125)
+    return submit, own, copied
+
+
+def test_a_result_is_rebuilt_to_the_byte_elsewhere_under_another_hash_seed(
+    world: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, data, model = world
+    before = {path.name: path.read_bytes() for path in submit.iterdir()}
+    moved = data.rename(data.with_name("moved"))
+    for seed in ("1", "2"):
+        words = ("--submit", submit, "--data", moved, "--model", model)
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        out = ok(run_verb("verify", *words))
+        assert "rebuilt to the byte" in out
+    assert {path.name: path.read_bytes() for path in submit.iterdir()} == before
+
+
+def other_picture(submit: Path, data: Path, model: Path) -> None:
+    pixels = np.random.default_rng(5).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(data / "images" / "test-0-0.png")
+
+
+def other_model(submit: Path, data: Path, model: Path) -> None:
+    with safe_open(model, "pt") as file:
+        tensors = {name: file.get_tensor(name) + 0.01 for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, model, metadata=file.metadata())
+
+
+def other_items(submit: Path, data: Path, model: Path) -> None:
+    path = data / "item_test_info.jsonl"
+    path.write_bytes(path.read_bytes().replace("正品".encode(), "大".encode(), 1))
+
+
+def other_result(submit: Path, data: Path, model: Path) -> None:
+    path = submit / "result.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"0.125", b"0.126", 1))
+
+
+def cut_manifest(submit: Path, data: Path, model: Path) -> None:
+    path = submit / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def strange_manifest(submit: Path, data: Path, model: Path) -> None:
+    path = submit / "manifest.json"
+    path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), "encode_batch": "7"}))
+
+
+def no_manifest(submit: Path, data: Path, model: Path) -> None:
+    (submit / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_picture, "rebuilt otherwise; images_sha256 was"),
+        (other_model, "another model file"),
+        (other_items, "another items file"),
+        (other_result, "not the file that"),
+        (cut_manifest, "not JSON"),
+        (strange_manifest, "'encode_batch' is not as predict writes it"),
+        (no_manifest, "no such file"),
+    ],
+)
+def test_what_differs_is_named_in_one_line(
+    world: tuple[Path, Path, Path], change: Callable[[Path, Path, Path], None], said: str
+) -> None:
+    change(*world)
+    with pytest.raises(UserError) as caught:
+        verify(*world)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_version_that_changed_is_named() -> None:
+    before = {"sha256": {}, "versions": {"torch": "1"}, "precision": "fp32"}
+    assert explain(before, {**before, "versions": {"torch": "2"}}) == "torch was '1', is '2'"
+    assert "all that the manifest names is the same" in explain(before, before)
