@@ -223,7 +223,7 @@ def bench_write(runs: int, folder: Path) -> None:
     ours()
     print(f"{'':<10}writing took {(resident('VmHWM') - before) / 1000:.0f} MB above the embeddings")
     for row, pair in zip(read_predictions(folder / "ours"), pairs, strict=True):
-        if not np.array_equal(row[1].left_embedding, embeddings[pair.left]):
+        if not np.array_equal(np.float32(row[1].left_embedding), embeddings[pair.left]):
             raise RuntimeError(f"{row[0]}: other numbers than were written")
     report("write", "rows/s", ROWS, in_turn(runs, published, ours))
 

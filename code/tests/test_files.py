@@ -95,7 +95,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_file(
 
     (tmp_path / "file").write_text("old")
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="no space"), publish(tmp_path / "file", "w") as file:
+    with pytest.raises(OSError, match="No space"), publish(tmp_path / "file", "w") as file:
         file.write("new")
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path) == ["file"]

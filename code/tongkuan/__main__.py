@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tongkuan.files import UserError
+from tongkuan.files import NO_ROOM, UserError
 
 DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
 PRESET = "ccks2022-63"
@@ -275,6 +275,12 @@ def run() -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"tongkuan: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        advice = "files that were there before are whole; make room and run the same command again"
+        print(f"tongkuan: {error.filename or 'no more room'}: {error.strerror}; {advice}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("tongkuan: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 READ_BLOCK = 1 << 20  # bytes
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -39,10 +41,22 @@ def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary.chmod(0o644)
         temporary.replace(path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             temporary.unlink()
+        if number := no_room(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
+
+
+def no_room(error: BaseException) -> int:
+    """The number of a full disk's error, 0 for any other. Writers in C++ and Rust hide theirs in a text or behind it."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in NO_ROOM else 0
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    if named and int(named[1]) in NO_ROOM:
+        return int(named[1])
+    return no_room(error.__context__) if error.__context__ else 0
 
 
 def sync_folder(folder: Path) -> None:
