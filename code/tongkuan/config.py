@@ -197,6 +197,15 @@ class Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, problem, mark)
         return super().compose_node(parent, index)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # a tag or a date with a value that is none raises whatever its constructor does
+            problem = f"a value that its type cannot take: {clip(str(error), 80)}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
 
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     """(values, nodes that know their lines) of a document. Raises yaml.YAMLError for whatever is wrong with it."""
@@ -204,12 +213,8 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         loader = Loader(text)
         root = loader.get_single_node()
         return (loader.construct_document(root) if root else None), root
-    except yaml.YAMLError:
-        raise
     except RecursionError as error:
         raise yaml.YAMLError("nested too deep") from error
-    except Exception as error:  # a tag or a date with a value that is none raises whatever its constructor does
-        raise yaml.YAMLError(f"a value that its type cannot take: {clip(str(error), 80)}") from error
 
 
 def reason_of(error: Exception) -> str:

@@ -25,7 +25,7 @@ MEMORY = 4 << 30  # bytes a process of the stranger's
 COMPLAINT = 4096  # bytes of the stranger's error that are looked at
 
 # similarity.py is a stranger's code. A guard runs it in a fork with limits: no memory past MEMORY; nothing to write to,
-# no TCP and no signals to others, where the kernel has Landlock; no process that outlives it: orphans come to the guard,
+# no TCP and no signals to others, where the kernel has Landlock; no process that outlives it: orphans come to it,
 # whatever session they hide in. Scores go into a file that was opened before; what it prints goes nowhere.
 RUNNER = """
 import ctypes, importlib.util, json, os, resource, signal, struct, sys
