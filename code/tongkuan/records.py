@@ -121,10 +121,15 @@ def parse_item(row: Mapping[str, Any], where: str) -> Item:
         title=text_field(row, "title", where),
         item_attributes=text_field(row, "item_pvs", where),
         sku_attributes=text_field(row, "sku_pvs", where),
-        image_name=text_field(row, "item_image_name", where),
+        image_name=inside(text_field(row, "item_image_name", where)),
         industry=text_field(row, "industry_name", where),
         category=text_field(row, "cate_name_path", where) or text_field(row, "cate_name", where),
     )
+
+
+def inside(name: str) -> str:
+    """A picture's path without what leads out of its folder: `../a//b.jpg` and `/a/b.jpg` are `a/b.jpg`."""
+    return "/".join(step for step in name.split("/") if step not in ("", ".", ".."))
 
 
 def text_field(row: Mapping[str, Any], key: str, where: str) -> str:
