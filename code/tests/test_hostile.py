@@ -23,7 +23,9 @@ from test_resize import hand_out, images, ledger, picture, run
 from worlds import make_data, tiny_preset
 
 from tongkuan.__main__ import main
+from tongkuan.config import load_settings
 from tongkuan.files import UserError
+from tongkuan.model import build_text, read_tensors, text_config_of
 from tongkuan.records import clip, item_text, nearest, parse_item, read_items, read_pairs, read_predictions
 
 pictures = load_script("pictures")
@@ -321,3 +323,47 @@ def test_a_payload_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists() and not (tmp_path / "m").exists()
     pickle.loads(pickle.dumps(payload))
     assert (tmp_path / "ran").exists(), "it would have run"
+
+
+@pytest.mark.parametrize("content", ["torch", "pickle", "empty", "page", "list"])
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+def test_hostile_weights_of_an_image_encoder_are_refused_unrun(tmp_path: Path, content: str, suffix: str) -> None:
+    path, payload = tmp_path / f"encoder{suffix}", Payload(tmp_path / "ran")
+    contents = {"pickle": pickle.dumps(payload), "empty": b"", "page": b"<html>404</html>"}
+    if content in contents:
+        path.write_bytes(contents[content])
+    else:
+        torch.save({"x": payload} if content == "torch" else [1], path)
+    with pytest.raises(UserError, match=r"encoder\.\w+: damaged, or holds more than tensors") as caught:
+        read_tensors(tmp_path)
+    assert is_one_line(caught.value) and not (tmp_path / "ran").exists()
+
+
+BERT = {
+    "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+    "vocab_size": 9,
+}  # fmt: skip
+
+
+def test_a_text_encoders_folder_runs_nothing_and_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object) -> str:
+        raise AssertionError("it asks whether to run the folder's code")
+
+    monkeypatch.setattr("builtins.input", ask)
+    folder, ran = tmp_path / "encoder", tmp_path / "ran"
+    folder.mkdir()
+    overrides = [f"model.text.weights=folder:{folder}", "model.text.config={}"]
+    settings = load_settings("demo", overrides).model.text
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
+    configs = [{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, BERT | {"hidden_size": "x"}, [1], {}]
+    for config in configs:
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(UserError) as caught:
+            text_config_of(settings, 9)
+        assert len(str(caught.value).splitlines()) == 1
+    (folder / "config.json").write_text(json.dumps(BERT), encoding="utf-8")
+    torch.save({"x": Payload(ran)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError) as caught:
+        build_text(settings, text_config_of(settings, 9), pretrained=True)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not ran.exists()
