@@ -69,7 +69,7 @@ class Archive:
         self.parts = parts
         try:
             self.zip = zipfile.ZipFile(io.BufferedReader(Joined(parts)))
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except Exception as error:  # a damaged table of contents raises all sorts
             name = parts[0] if len(parts) == 1 else f"{parts[0]} and the {len(parts) - 1} parts after it"
             raise UserError(f"{name}: not a whole zip archive; run ./entrypoint.sh download again") from error
         self.infos = self.zip.infolist()

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import orjson
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from worlds import tiny_preset
 
 from tongkuan.config import Settings, load_settings, preset_names
@@ -62,13 +66,71 @@ def test_all_problems_of_a_file_are_shown_at_once_with_their_lines(tmp_path: Pat
     assert "(did you mean 'steps'?)" in lines[2]
 
 
-@pytest.mark.parametrize("text", ["model: [", "- 1\n- 2\n", "\x00", "{" * 2000])
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 100))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("model: [", "- 1\n- 2\n", "\x00", "{" * 2000, "[" * 90_000, "\xff\xfe", "x" * 100_001),
+        *(LAUGHS, "model: &a {text: *a}", "&a [*a]", "a: &a {b: 1}\n<<: *a"),
+        *("train: 2001-99-99", "train: !!int x", 'train: !!int ""', "train: !!timestamp x", "train: !!bool x"),
+        *("train: !!python/object/apply:os.system [false]", "train: !!python/name:os.system", "train: !x 1"),
+        *("train: {steps: 1}\ntrain: {pairs: 8}", "train: {steps: 1, steps: 2}", "a: 1\n---\nb: 2"),
+        *("train: {steps: " + "9" * 5000 + "}", "train: {steps: !!binary aGVsbG8=}", "? [a]\n: b", "1: 2", "~: 2"),
+        *(
+            '"a\\nb": 1',
+            'train: {"a\\nb": [1]}',
+            'model: {attribute_keys: ["\\ud800"]}',
+            "train: {steps: [" + "1," * 9000 + "]}",
+        ),
+        *("model: {image: {arguments: {a: 99999999999999999999}}}", "model: {image: {arguments: {a: !!binary /w==}}}"),
+    ],
+)
 def test_a_file_that_is_no_mapping_of_sections_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
         load_settings(str(path))
-    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value).splitlines()) == 1 and str(caught.value).startswith(str(path))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_value_that_its_type_cannot_take_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  steps: 2001-99-99\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.yaml:2: not YAML \(a value that its type cannot take: 'month must"):
+        load_settings(str(path))
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "2001-99-99", "*a", "[&a 1, *a]", "!!int x", "!!python/name:os.system"])
+def test_a_hostile_override_is_one_line(value: str) -> None:
+    with pytest.raises(UserError, match="the value is not YAML") as caught:
+        load_settings("demo", [f"train.steps={value}"])
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 300
+
+
+WORDS = st.sampled_from(
+    ["model", "train", "steps", "text", "image", "config", "arguments", "weights", "a\nb", "\u2028"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates() | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.integers(0, 3), inner, max_size=3),
+    max_leaves=8,
+)
+MARKUP = st.text(st.sampled_from("modeltrainsx:{}[]&*!<>|-?,#%@'\"\\ \n\t0129.~") | st.characters(), max_size=60)
+
+
+@given(VALUES.map(lambda value: yaml.dump(value, allow_unicode=True)) | MARKUP)
+def test_any_file_is_settings_or_lines_that_name_it(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "wild.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        settings = load_settings(str(path))
+    except UserError as error:
+        assert all(line.startswith(str(path)) for line in str(error).split("\n"))
+    else:
+        orjson.dumps(settings.model_dump(mode="json"))
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:

@@ -1,5 +1,6 @@
 """judge.py: the contract row by row, and the score by a stranger's similarity.py."""
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,107 @@ def test_a_similarity_that_never_ends_is_bounded(submit: Path, monkeypatch: pyte
     (submit / "similarity.py").write_text("while True: pass", encoding="utf-8")
     with pytest.raises(UserError, match="not done after 1 s"):
         score(submit, submit.parent / "pairs.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit(0)", "gave 0 scores for 2 pairs"),
+        ("import os; os._exit(0)", "gave 0 scores for 2 pairs"),
+        ("import os; os.kill(os.getpid(), 11)", "failed with exit code 139"),
+        ("import os, sys\nos.write(int(sys.argv[3]), b'nan 1_0 x')\nos._exit(0)", "wrote something else"),
+        ("import os, sys\nos.write(int(sys.argv[3]), b'1 ' * 9)\nos._exit(0)", "gave 9 scores for 2 pairs"),
+        ("import os; os.fork()\n" + SIMILARITY, "gave "),
+        ("x = bytearray(1 << 40)", "failed with exit code 1 ('MemoryError"),
+        ("raise ValueError('x\\n' * 10**6)", r"'ValueError: x\nx\n"),
+        ("\0", "source code"),
+        ("x = " + "(" * 10_000, "failed with exit code 1"),
+        ("import os\nfor fd in range(3, 99):\n  try: os.close(fd)\n  except OSError: pass", "failed with exit code 1"),
+        ("import sys\nsys.stderr.write('x' * (1 << 26)); raise ValueError('loud')", "ValueError: loud"),
+    ],
+)
+def test_a_hostile_similarity_is_one_line(submit: Path, code: str, message: str) -> None:
+    (submit / "similarity.py").write_text(code, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        score(submit, submit.parent / "pairs.jsonl")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+HIDE = """
+import os, time
+if not os.fork():
+    os.setsid()
+    if not os.fork():
+        os.setsid()
+        time.sleep(600)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("ending", [SIMILARITY, "while True: pass", "os._exit(3)"])
+def test_no_process_of_a_similarity_outlives_the_score(
+    submit: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr("tongkuan.judge.START_SECONDS", 2)
+    (submit / "similarity.py").write_text(HIDE + ending, encoding="utf-8")
+    if ending == SIMILARITY:
+        assert score(submit, submit.parent / "pairs.jsonl") == 1.0
+    else:
+        with pytest.raises(UserError):
+            score(submit, submit.parent / "pairs.jsonl")
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(submit) in read(path)]
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # it has ended meanwhile
+        return ""
+
+
+def has_landlock() -> bool:
+    return ctypes.CDLL(None).syscall(444, None, 0, 1) >= 6
+
+
+@pytest.mark.skipif(not has_landlock(), reason="the kernel has no Landlock, or not yet for signals (6.12)")
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "open({target!r}, 'w')",
+        "os.remove({victim!r})",
+        "os.kill(os.getppid(), 9)",
+        "import socket; socket.create_connection(('127.0.0.1', 9))",
+    ],
+)
+def test_a_similarity_writes_nothing_and_reaches_nobody(submit: Path, deed: str) -> None:
+    target, victim = submit / "made", submit / "result.jsonl"
+    deed = deed.format(target=str(target), victim=str(victim))
+    (submit / "similarity.py").write_text(f"import os\n{deed}\n{SIMILARITY}", encoding="utf-8")
+    with pytest.raises(UserError, match="PermissionError"):
+        score(submit, submit.parent / "pairs.jsonl")
+    assert not target.exists() and victim.exists()
+
+
+def test_a_similarity_sees_no_secrets_of_the_environment(submit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "s3")
+    code = "import os\nif 'SECRET_TOKEN' in os.environ: raise ValueError\n"
+    (submit / "similarity.py").write_text(code + SIMILARITY, encoding="utf-8")
+    assert score(submit, submit.parent / "pairs.jsonl") == 1.0
+
+
+def test_thresholds_are_those_of_the_result_whatever_a_similarity_claims(submit: Path) -> None:
+    code = "import json\nold = json.loads\n"
+    code += "json.loads = lambda text: {**row, 'threshold': 9} if type(row := old(text)) is dict else row\n"
+    (submit / "similarity.py").write_text(code + SIMILARITY, encoding="utf-8")
+    assert score(submit, submit.parent / "pairs.jsonl") == 1.0
+
+
+def test_a_result_that_check_takes_is_read_by_the_runner_too(submit: Path) -> None:
+    path = submit / "result.jsonl"
+    spaced = path.read_bytes().replace(b',"tgt_item_id"', b',\r"tgt_item_id"').replace(b"\n", b"\r\n \r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + spaced)
+    assert score(submit, submit.parent / "pairs.jsonl") == 1.0
 
 
 def test_what_a_similarity_prints_is_not_taken_for_scores(submit: Path) -> None:

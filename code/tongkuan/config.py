@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import orjson
 import pydantic
 import yaml
 from pydantic import Field
@@ -14,6 +15,7 @@ from pydantic import Field
 from tongkuan.files import UserError
 from tongkuan.records import TEN_KEYS, AttributeStyle, clip, nearest
 
+MAX_PRESET = 100_000  # bytes
 PRESET_DIR = Path(__file__).resolve().parents[1] / "presets"
 Precision = Literal["fp32", "bf16", "fp16"]
 Inputs = Literal["both", "text", "image"]
@@ -157,25 +159,67 @@ def load_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
     """
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESET_DIR / f"{preset}.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            data = file.read(MAX_PRESET + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         names = preset_names()
         advice = f"name a YAML file or one of {', '.join(names)}"
         raise UserError(f"{clip(preset)}: no such preset{nearest(preset, names)}; {advice}") from error
+    if len(data) > MAX_PRESET:
+        raise UserError(f"{path}: larger than {MAX_PRESET:,} bytes; name a file of settings")
     try:
-        values = yaml.safe_load(text) or {}
-        root = yaml.compose(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        values, root = parse_yaml(data.decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise UserError(f"{path}{line}: not YAML ({reason}); mend the line") from error
+        raise UserError(f"{path}{line}: not YAML ({reason_of(error)}); mend the line") from error
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections model, train, data; found {clip(values)}")
-    origins = {loc: f"{path}:{line}" for loc, line in key_lines(root)}
+    origins: dict[tuple[str, ...], str] = {}
+    for loc, line_number in key_lines(root):
+        if loc in origins:
+            raise UserError(f"{path}:{line_number}: {clip('.'.join(loc))} stands here twice; keep one")
+        origins[loc] = f"{path}:{line_number}"
     for override in overrides:
         origins |= apply_override(values, override)
     return validate(values, origins, str(path))
+
+
+class Loader(yaml.SafeLoader):
+    """Plain values without aliases, by which a few lines can stand for gigabytes, or for themselves."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            problem = "an alias; write the value out"
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # a tag or a date with a value that is none raises whatever its constructor does
+            problem = f"a value that its type cannot take: {clip(str(error), 80)}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """(values, nodes that know their lines) of a document. Raises yaml.YAMLError for whatever is wrong with it."""
+    try:
+        loader = Loader(text)
+        root = loader.get_single_node()
+        return (loader.construct_document(root) if root else None), root
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deep") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What YAML's reader says, on one line."""
+    return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def key_lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], int]]:
@@ -194,9 +238,9 @@ def apply_override(values: dict[str, Any], override: str) -> dict[tuple[str, ...
     if not separator or not all(keys) or len(keys) < 2:
         raise UserError(f"{clip(override)}: an override reads section.key=value, such as train.steps=100")
     try:
-        value = yaml.safe_load(text)
+        value, _ = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{clip(override)}: the value is not YAML; quote it") from error
+        raise UserError(f"{clip(override)}: the value is not YAML ({reason_of(error)}); quote it") from error
     section = values
     for key in keys[:-1]:
         if not isinstance(section.setdefault(key, {}), dict):
@@ -215,11 +259,11 @@ def validate(values: dict[str, Any], origins: dict[tuple[str, ...], str], source
         for problem in error.errors(include_url=False):
             loc = tuple(str(part) for part in problem["loc"])
             where = next((origins[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origins), source)
-            name = ".".join(loc)
+            name = clip(".".join(loc), 120)
             if problem["type"] == "extra_forbidden":
-                what = f"unknown setting {name!r}{nearest(loc[-1], known_keys(loc[:-1]))}; rename or delete it"
+                what = f"unknown setting {name}{nearest(loc[-1], known_keys(loc[:-1]))}; rename or delete it"
             else:
-                what = f"{name}: {problem['msg'].lower()}, found {clip(problem['input'])}; change it"
+                what = f"{name[1:-1]}: {problem['msg'].lower()}, found {clip(problem['input'])}; change it"
             problems.append(f"{where}: {what}")
         raise UserError("\n".join(problems)) from error
     problems = [f"{source}: {problem}" for problem in contradictions(settings)]
@@ -241,6 +285,11 @@ def known_keys(prefix: tuple[str, ...]) -> list[str]:
 
 def contradictions(settings: Settings) -> list[str]:
     """Settings that are right one by one and wrong together."""
+    problems = []
     if settings.train.pairs % settings.train.accumulate:
-        return ["train.pairs must be a multiple of train.accumulate; change one of them"]
-    return []
+        problems.append("train.pairs must be a multiple of train.accumulate; change one of them")
+    try:
+        orjson.dumps(settings.model_dump(mode="json"))
+    except (TypeError, ValueError) as error:  # now rather than when the first model is to be saved
+        problems.append(f"a value that no model file can hold ({clip(str(error), 80)}); change it")
+    return problems

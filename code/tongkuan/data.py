@@ -69,8 +69,8 @@ def build_tokenizer(settings: TextEncoder, texts: Iterable[str]) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place).backend_tokenizer
-    except (OSError, ValueError) as error:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False).backend_tokenizer
+    except Exception as error:  # as in model.build_text
         raise unreachable(place, error) from error
     return tokenizer
 

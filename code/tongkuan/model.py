@@ -205,8 +205,10 @@ def text_config_of(settings: TextEncoder, vocabulary_size: int) -> dict[str, Any
         if kind == "random":
             config = AutoConfig.for_model(**{"vocab_size": vocabulary_size, **fields})
         else:
-            config = AutoConfig.from_pretrained(place, **{k: v for k, v in fields.items() if k != "model_type"})
-    except (OSError, ValueError) as error:
+            # Said outright, or transformers asks at the terminal whether to run the folder's code.
+            fields = {k: v for k, v in fields.items() if k != "model_type"}
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False, **fields)
+    except Exception as error:  # a stranger's config.json raises all sorts
         raise unreachable(place or settings.weights, error) from error
     resolved: dict[str, Any] = config.to_diff_dict()
     # Where it was loaded from and by what version is not part of the network.
@@ -226,8 +228,8 @@ def build_text(settings: TextEncoder, config: Mapping[str, Any], pretrained: boo
     if kind == "random":
         return AutoModel.from_config(resolved, **without_pooler)  # type: ignore[no-any-return]
     try:
-        return AutoModel.from_pretrained(place, config=resolved, **without_pooler)  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
+        return AutoModel.from_pretrained(place, config=resolved, trust_remote_code=False, **without_pooler)  # type: ignore[no-any-return]
+    except Exception as error:  # a stranger's weights raise all sorts; a pickle that would run code is refused unrun
         raise unreachable(place, error) from error
 
 
@@ -262,12 +264,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if not files:
             raise UserError(f"{path}: no .safetensors, .pth or .bin file; put the encoder's weights there")
         path = files[0]
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    except Exception as error:  # damaged files raise all sorts
+        what = "damaged, or holds more than tensors, which could run code (none of it was run)"
+        raise UserError(f"{path}: {what}; fetch the encoder's weights again") from error
 
 
 def load_in_order(encoder: nn.Module, tensors: Mapping[str, Tensor], place: str) -> None:

@@ -5,9 +5,11 @@ A line of a user's file becomes an `Item` or a `Pair` here, checked once; an err
 
 import difflib
 import re
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ AttributeStyle = Literal["quoted", "published"]
 TEN_KEYS = ("颜色分类", "货号", "型号", "品牌", "尺寸", "口味", "品名", "批准文号", "系列", "尺码")
 # The judges take at most this many numbers an embedding.
 MAX_EMBEDDING = 1024
+MAX_LINE = 64 << 20  # bytes; a line is held in memory whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +74,18 @@ def pair_file(data_dir: Path, split: str) -> Path:
 def read_rows(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, JSON object) of a jsonl file; blank lines and a BOM are passed over.
 
-    Raises UserError for a missing file (ending in `advice`), a line that is not JSON, or not an object.
+    Raises UserError for a missing file (ending in `advice`), a line that is too long, not JSON, or not an object.
     """
     try:
         file = path.open("rb")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file; {advice}") from error
-    except PermissionError as error:
-        raise UserError(f"{path}: not readable; check its permissions") from error
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror}); check its name and permissions") from error
     with file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), start=1):
+            if len(line) > MAX_LINE:
+                raise UserError(f"{path}:{number}: longer than {MAX_LINE >> 20} MB; end each record with a line end")
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not text.strip():
                 continue
@@ -116,10 +121,15 @@ def parse_item(row: Mapping[str, Any], where: str) -> Item:
         title=text_field(row, "title", where),
         item_attributes=text_field(row, "item_pvs", where),
         sku_attributes=text_field(row, "sku_pvs", where),
-        image_name=text_field(row, "item_image_name", where),
+        image_name=inside(text_field(row, "item_image_name", where)),
         industry=text_field(row, "industry_name", where),
         category=text_field(row, "cate_name_path", where) or text_field(row, "cate_name", where),
     )
+
+
+def inside(name: str) -> str:
+    """A picture's path without what leads out of its folder: `../a//b.jpg` and `/a/b.jpg` are `a/b.jpg`."""
+    return "/".join(step for step in name.split("/") if step not in ("", ".", ".."))
 
 
 def text_field(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -205,17 +215,22 @@ def pair_row(pair: Pair) -> bytes:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` when something known is close, else nothing. Looks at no more than 20,000 names."""
-    candidates = [name for _, name in zip(range(20_000), known, strict=False)] if len(word) <= 100 else []
+    """` (did you mean 'x'?)` when something known is close, else nothing. Takes half a second at most."""
+    # Comparing two names of n letters takes up to n^3 steps: thousands of long ones are too many to look at.
+    count = 200_000_000 // max(len(word), 20) ** 3 if len(word) <= 100 else 0
+    candidates = [name for _, name in zip(range(count), known, strict=False)]
     matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def clip(value: object, limit: int = 60) -> str:
-    """A user's value for an error line: quoted, on one line, not longer than `limit`."""
+    """A user's value for an error line: quoted, on one line, not longer than `limit`, however large or deep it is."""
     if isinstance(value, str | bytes):
-        value = value[: limit + 1]
-    text = repr(value)
+        text = repr(value[: limit + 1])
+    else:
+        short = reprlib.Repr()
+        short.maxstring = short.maxother = short.maxlong = limit
+        text = short.repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
