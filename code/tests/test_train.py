@@ -252,14 +252,6 @@ def test_a_run_folder_of_other_settings_is_refused_by_name(data: Path, tmp_path:
         train(other, data, tmp_path / "run", tmp_path / "model.safetensors")
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(data: Path, tmp_path: Path) -> None:
-    train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model.safetensors")
-    last = tmp_path / "run" / "last.pt"
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"last\.pt: damaged"):
-        train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model.safetensors")
-
-
 def test_a_batch_that_cannot_be_dealt_evenly_is_refused(data: Path, tmp_path: Path) -> None:
     done = run_verb(
         "train",
@@ -306,3 +298,33 @@ def test_rows_of_a_run_that_stopped_between_two_of_them_are_those_of_an_unbroken
         train(settings, data, tmp_path / "broken", tmp_path / "b.safetensors")
     train(settings, data, tmp_path / "broken", tmp_path / "b.safetensors")
     assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    data: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, run_dir = tiny_settings(tmp_path), tmp_path / "run"
+    train(settings, data, run_dir, tmp_path / "a.safetensors")
+    whole, files = state_bytes(run_dir), {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    last = bytearray(files["last.pt"])
+    if damage == "gone":
+        (run_dir / "last.pt").unlink()
+    else:
+        last[len(last) // 2] ^= 4
+        (run_dir / "last.pt").write_bytes(last[: len(last) - 1000] if damage == "cut" else last)
+    capsys.readouterr()
+    train(settings, data, run_dir, tmp_path / "b.safetensors")
+    assert ("last.pt: damaged; going on from" in capsys.readouterr().out) is (damage != "gone")
+    assert state_bytes(run_dir) == whole
+    assert (run_dir / "metrics.jsonl").read_bytes() == files["metrics.jsonl"]
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_two_damaged_checkpoints_end_the_run_in_one_line(data: Path, tmp_path: Path) -> None:
+    settings, run_dir = tiny_settings(tmp_path), tmp_path / "run"
+    train(settings, data, run_dir, tmp_path / "a.safetensors")
+    for name in ("last.pt", "previous.pt"):
+        (run_dir / name).write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"last\.pt and .*previous\.pt: damaged; delete to start the run anew"):
+        train(settings, data, run_dir, tmp_path / "b.safetensors")

@@ -6,6 +6,7 @@ tokenizer, threshold. Its metadata is readable: `python -c "import safetensors; 
 
 import math
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from tongkuan.files import UserError, publish
 from tongkuan.model import TwoTowers, build
 
 FORMAT = "tongkuan-1"
+STATE = {"settings", "step", "model", "optimizer", "scaler", "rng", "losses", "best_f1", "metrics"}  # of last.pt
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +123,35 @@ class Run:
         self.best_f1 = -1.0
         self.metrics: list[dict[str, Any]] = []
         self.losses: list[Tensor] = []  # this rank's since the last row, on its device
-        self.last, self.best = run_dir / "last.pt", run_dir / "best.safetensors"
+        self.last, self.previous = run_dir / "last.pt", run_dir / "previous.pt"
+        self.best = run_dir / "best.safetensors"
         self._board: Any = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is nothing to resume from."""
+        return not (self.last.exists() or self.previous.exists())
+
+    def newest(self) -> dict[str, Any] | None:
+        """The last state that is whole, None for a new run. UserError when there are only damaged ones."""
+        damaged: list[Path] = []
+        for path in (self.last, self.previous):
+            if path.exists():
+                if (state := read_state(path)) is not None:
+                    if damaged and self.fellows.is_first:
+                        print(f"{damaged[0]}: damaged; going on from {path}, step {state['step']}")
+                    return state
+                damaged.append(path)
+        if damaged:
+            files = " and ".join(map(str, damaged))
+            raise UserError(f"{files}: damaged; delete to start the run anew")
+        return None
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
         """Restore everything from last.pt; the number of steps done, 0 for a new run."""
-        if not self.last.exists():
+        state = self.newest()
+        if state is None:
             return 0
-        try:
-            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise UserError(f"{self.last}: damaged; delete it to start the run anew") from error
         if state["settings"] != self.described():
             different = ", ".join(sorted(differing(state["settings"], self.described())))
             raise UserError(f"{self.last}: a run of other settings ({different}); name another --run or delete it")
@@ -163,6 +183,8 @@ class Run:
                 "best_f1": self.best_f1,
                 "metrics": self.metrics,
             }
+            if self.last.exists():
+                self.last.replace(self.previous)
             with publish(self.last) as file:
                 torch.save(state, file)
             with publish(self.run_dir / "metrics.jsonl") as file:
@@ -189,6 +211,18 @@ class Run:
         """Flush the curves."""
         if self._board is not None:
             self._board.close()
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What `Run.save` wrote, None when a byte of it is not as written; nothing in it is executed."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # as torch.save writes them, a checksum for every tensor
+            if archive.testzip() is not None:
+                return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError):
+        return None
+    return state if isinstance(state, dict) and state.keys() >= STATE else None
 
 
 def differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -50,7 +50,7 @@ def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def no_room(error: BaseException) -> int:
-    """The number of a full disk's error, 0 for any other. Writers in C++ and Rust hide theirs in a text or behind it."""
+    """The number of a full disk's error, else 0. Writers in C++ and Rust hide it in their text or behind it."""
     if isinstance(error, OSError):
         return error.errno if error.errno in NO_ROOM else 0
     named = re.search(r"\(os error (\d+)\)", str(error))

@@ -221,7 +221,7 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
         if settings.train.checkpoint_activations:
             checkpoint_activations(model)
         run = Run(run_dir, settings, fellows)
-        if settings.train.whiten and not run.last.exists():
+        if settings.train.whiten and run.is_new:
             whiten(model, task, settings, fellows)
         torch.manual_seed(settings.train.seed + 1 + fellows.rank)  # dropout differs from rank to rank
         learn(model, task, settings, fellows, run)
