@@ -3,8 +3,10 @@
 import ctypes
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # the verbs that prepare pictures work without
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
@@ -21,8 +23,10 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def processor_of(device: torch.device) -> str:
+def processor_of(device: "torch.device") -> str:
     """What computes: another GPU or CPU takes other kernels, which round otherwise."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -33,13 +37,15 @@ def processor_of(device: torch.device) -> str:
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {name}"
 
 
-def multiplies(precision: str, device: torch.device) -> bool:
+def multiplies(precision: str, device: "torch.device") -> bool:
     """Whether matrices of `precision` ("fp32", "bf16", "fp16") are multiplied by instructions made for them.
 
     A CPU without them gets there number by number: a hundred times slower than fp32.
     """
     if precision == "fp32" or device.type != "cpu":
         return True
+    import torch
+
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in HALF_INSTRUCTIONS[precision])
 
