@@ -1,0 +1,28 @@
+"""Two ways of doing one thing, run in turn and compared. Imports nothing heavy: processes that a pool spawns load it."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def in_turn(runs: int, published: Callable[[], Any], ours: Callable[[], Any]) -> tuple[list[float], list[float]]:
+    """Seconds of each, run by run: the machine's drift meets both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs):
+        for taken, run in zip(seconds, (published, ours), strict=True):
+            started = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - started)
+    return seconds
+
+
+def report(name: str, unit: str, amount: int, seconds: tuple[list[float], list[float]]) -> None:
+    """A line of the table: medians, and the ratio with its spread over the runs."""
+    rates = [amount / statistics.median(taken) for taken in seconds]
+    ratios = [published / ours for published, ours in zip(*seconds, strict=True)]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(
+        f"{name:<10}{rates[0]:>12,.2f}{rates[1]:>12,.2f} {unit:<10}{statistics.median(ratios):>7.2f} x  ({spread})",
+        flush=True,
+    )
