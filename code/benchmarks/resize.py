@@ -1,4 +1,4 @@
-"""How fast `resize` is beside one plain Pillow call a picture, on the same cores, in turn; or whether its time is linear.
+"""How fast `resize` is beside one plain Pillow call a picture, on the same cores; or whether its time is linear.
 
 `PYTHONPATH=code .venv/bin/python code/benchmarks/resize.py --pictures 600 --runs 5`, and the same with `--linear`.
 """

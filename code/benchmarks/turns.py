@@ -1,4 +1,4 @@
-"""Two ways of doing one thing, run in turn and compared. Imports nothing heavy: processes that a pool spawns load it."""
+"""Two ways of doing one thing, run in turn and compared. Imports nothing heavy: spawned processes load it."""
 
 import statistics
 import time
