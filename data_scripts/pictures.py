@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from tongkuan.files import UserError
 
@@ -278,7 +278,9 @@ def decode_truncated(data: bytes, cause: str) -> tuple[Image.Image, str, int, in
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; broken EXIF says nothing."""
     try:
-        return ImageOps.exif_transpose(image)
+        # Asked first: exif_transpose copies what lies upright.
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return ImageOps.exif_transpose(image) if is_turned else image
     except Exception:
         return image
 
@@ -297,7 +299,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         page = Image.new("RGB", image.size, "white")
         page.paste(layered, mask=layered.getchannel("A"))
         return page
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def reason(error: Exception) -> str:
