@@ -1,6 +1,7 @@
 """Read a split's picture files, hostile ones included, and turn each into a square JPEG; `resize.py` calls this."""
 
 import bisect
+import ctypes
 import hashlib
 import io
 import itertools
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from tongkuan.files import UserError
 
@@ -22,6 +24,9 @@ MAX_PIXELS = 100_000_000
 TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels"
 MAX_BYTES = 64 << 20  # of one picture file, unpacked
 MAX_NAME = 200  # bytes of UTF-8; file systems stop at 255
+# A JPEG is decoded at 1/2, 1/4 or 1/8 only when that leaves this many times the wanted side. The mean difference from
+# the full decode is then at most 0.92 grey levels, on white noise; 0.45 on noisy shapes. At 2 times noise is 3.6 off.
+ROOM = 4
 ENOUGH_ROWS = 0.5  # a truncated picture is kept when at least this share of its rows was decoded
 # Only decoders that stay inside the process: Pillow hands EPS, for one, to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "ICO", "PPM", "JPEG2000")
@@ -182,7 +187,7 @@ def squash(data: bytes, size: int) -> tuple[bytes, str, int, int]:
     Raises UnreadableError for anything that is not a picture or not enough of one.
     """
     try:
-        image, width, height, _ = decode(data)
+        image, width, height = decode_reduced(data, size * ROOM)
         repair = ""
     except UnreadableError:
         raise
@@ -193,21 +198,62 @@ def squash(data: bytes, size: int) -> tuple[bytes, str, int, int]:
             raise
         except Exception:
             raise UnreadableError(reason(error)) from error
-    squashed = image.resize((size, size), Image.Resampling.BICUBIC)
-    squashed.info.clear()  # else comments travel into the new file
     buffer = io.BytesIO()
-    squashed.save(buffer, "JPEG", quality=95, subsampling=0)
+    bicubic(image, size).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue(), repair, width, height
 
 
-def decode(data: bytes) -> tuple[Image.Image, int, int, str | None]:
-    """(upright RGB picture of the first frame, width and height as stored, format)."""
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 256 MB that one picture frees for the next; asking the kernel anew took 40 % of the time."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
+        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the highest that every glibc takes
+
+
+def bicubic(image: Image.Image, size: int) -> Image.Image:
+    """An RGB picture squashed to size x size, without metadata.
+
+    Pillow's bicubic is Catmull-Rom: this differs by 0.2 grey levels on average, 0.4 on enlarged noise, in a fifth of
+    the time. Pixels travel as bytes: the package's way with Pillow pictures, 0.7 ms faster, reaches into their memory.
+    """
+    squashed = ImageData(size, size, PixelType.U8x3)
+    options = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom), use_alpha=False)
+    Resizer().resize(ImageData(*image.size, PixelType.U8x3, image.tobytes()), squashed, options)
+    return Image.frombytes("RGB", (size, size), squashed.get_buffer())
+
+
+def reduction(width: int, height: int, least: int) -> int:
+    """The largest of 8, 4, 2 and 1 that leaves `least` pixels a side and divides both.
+
+    A side that is not divided is padded by the decoder, which would shift the picture.
+    """
+    fits = (scale for scale in (8, 4, 2) if min(width, height) >= scale * least)
+    return next((scale for scale in fits if width % scale == height % scale == 0), 1)
+
+
+def decode_reduced(data: bytes, least: int) -> tuple[Image.Image, int, int]:
+    """`decode` with `least`; a damaged picture gets a full decode, whose error is the one that the ledger quotes."""
+    try:
+        return decode(data, least)[:3]
+    except UnreadableError:
+        raise
+    except Exception:
+        return decode(data)[:3]
+
+
+def decode(data: bytes, least: int | None = None) -> tuple[Image.Image, int, int, str | None]:
+    """(upright RGB picture of the first frame, width and height as stored, format).
+
+    With `least`, a JPEG may come reduced, to no fewer pixels a side than that; width and height stay the stored ones.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on odd metadata and on sizes, which are checked below
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UnreadableError(TOO_LARGE, width, height)
+            if least and (scale := reduction(width, height, least)) > 1:
+                image.draft(None, (width // scale, height // scale))  # does nothing to what is not a JPEG
             image.load()
             return to_rgb(upright(image)), width, height, image.format
 
@@ -240,7 +286,9 @@ def decode_truncated(data: bytes, cause: str) -> tuple[Image.Image, str, int, in
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; broken EXIF says nothing."""
     try:
-        return ImageOps.exif_transpose(image)
+        # Asked first: exif_transpose copies what lies upright.
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return ImageOps.exif_transpose(image) if is_turned else image
     except Exception:
         return image
 
@@ -259,7 +307,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         page = Image.new("RGB", image.size, "white")
         page.paste(layered, mask=layered.getchannel("A"))
         return page
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 import orjson
-from pictures import Source, UnreadableError, find_source, fold, path_tails, safe_name, squash
+from pictures import Source, UnreadableError, find_source, fold, keep_freed_memory, path_tails, safe_name, squash
 from tqdm import tqdm
 
 from tongkuan.files import UserError, check_writable, publish
@@ -127,6 +127,7 @@ Outcome: TypeAlias = tuple[str, str, int, int]  # ok, repaired or unreadable; de
 def start_worker(sources: dict[str, Source]) -> None:
     """Set a pool's process up: its archives are opened, and it ends when the process that started it does."""
     worker_sources.update(sources)
+    keep_freed_memory()
     silence_pillow()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=end_with_parent, daemon=True).start()
