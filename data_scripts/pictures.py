@@ -1,7 +1,6 @@
 """Read a split's picture files, hostile ones included, and turn each into a square JPEG; `resize.py` calls this."""
 
 import bisect
-import ctypes
 import hashlib
 import io
 import itertools
@@ -201,13 +200,6 @@ def squash(data: bytes, size: int) -> tuple[bytes, str, int, int]:
     buffer = io.BytesIO()
     bicubic(image, size).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue(), repair, width, height
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MB that one picture frees for the next; asking the kernel anew took 40 % of the time."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
-        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the highest that every glibc takes
 
 
 def bicubic(image: Image.Image, size: int) -> Image.Image:

@@ -21,10 +21,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 import orjson
-from pictures import Source, UnreadableError, find_source, fold, keep_freed_memory, path_tails, safe_name, squash
+from pictures import Source, UnreadableError, find_source, fold, path_tails, safe_name, squash
 from tqdm import tqdm
 
 from tongkuan.files import UserError, check_writable, publish
+from tongkuan.processor import keep_freed_memory
 from tongkuan.records import (
     Item,
     Pair,

