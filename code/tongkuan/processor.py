@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees for its next tensors.
 
     By default glibc gives tensors of megabytes back to the system at once and has every page of the next ones zeroed
-    anew: a tenth of the time of an encoder on a CPU, 40 % of that of preparing pictures. Elsewhere than on glibc nothing changes.
+    anew: a tenth of the time of an encoder on a CPU, 40 % of that of preparing pictures. Without glibc nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
