@@ -1,6 +1,7 @@
 // Charts come as Vega-Lite; here they get the colours of the theme and follow the slider.
 
-const views = [];
+const views = []; // that follow the slider
+const still = [];
 
 function theme() {
   const style = getComputedStyle(document.documentElement);
@@ -26,7 +27,7 @@ function theme() {
 
 async function drawCharts(specs, now) {
   const config = theme();
-  for (const view of views.splice(0)) view.finalize();
+  for (const view of [...views.splice(0), ...still.splice(0)]) view.finalize();
   for (const [name, spec] of Object.entries(specs)) {
     const place = document.getElementById(`chart-${name}`);
     // ast: expressions are interpreted, for the policy of this page lets nothing be compiled.
@@ -34,14 +35,16 @@ async function drawCharts(specs, now) {
       ast: true, actions: false, renderer: "svg", config, defaultStyle: false, loader: { load: () => Promise.reject() },
       tooltip: { disableDefaultStyle: true },
     };
-    views.push((await vegaEmbed(place, spec, options)).view);
+    const drawn = (await vegaEmbed(place, { ...spec, datasets: { ...spec.datasets, now: [now] } }, options)).view;
+    if (follows(spec)) views.push(drawn);
+    else still.push(drawn);
   }
-  moveCharts(now);
+}
+
+function follows(spec) {
+  return spec.layer?.some((layer) => layer.data?.name === "now") ?? false;
 }
 
 function moveCharts(now) {
-  for (const view of views) {
-    if (view.getState({ data: (name) => name === "now" }).data?.now === undefined) continue;
-    view.data("now", [now]).run();
-  }
+  for (const view of views) view.data("now", [now]).run();
 }

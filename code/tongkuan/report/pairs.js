@@ -78,7 +78,7 @@ function attributeTable(left, right) {
   const rows = keys.map((key) => {
     const [a, b] = [left[key], right[key]];
     const kind = a === undefined || b === undefined ? "one-sided" : a === b ? "alike" : "unlike";
-    const sign = { "one-sided": "only one side", alike: "=", unlike: "≠" }[kind];
+    const sign = { "one-sided": b === undefined ? "left only" : "right only", alike: "=", unlike: "≠" }[kind];
     return element(
       "tr", { class: kind },
       element("th", { scope: "row" }, key),
