@@ -44,7 +44,12 @@ def inline(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
 
 def at_threshold() -> alt.Chart:
     """A rule where the slider stands."""
-    return alt.Chart(NOW).mark_rule(strokeDash=[5, 3], strokeWidth=1.5).encode(x="threshold:Q")
+    return alt.Chart(NOW).mark_rule(strokeDash=[5, 3], strokeWidth=1.5, clip=True).encode(x="threshold:Q")
+
+
+def fixed(low: float, high: float) -> alt.Scale:
+    """A scale that does not follow the data: else every move of the slider would draw the whole chart anew."""
+    return alt.Scale(domain=[low, high], nice=False, zero=False)
 
 
 def distribution(margins: Scores, labels: Labels, threshold: float, axis: str) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def distribution(margins: Scores, labels: Labels, threshold: float, axis: str) -
     ]
     area = alt.Chart(inline(rows)).mark_area(interpolate="step-after", line={"strokeWidth": 1.5}, opacity=0.4)
     area = area.encode(
-        x=alt.X("score:Q", title=axis, scale=alt.Scale(nice=False, zero=False)),
+        x=alt.X("score:Q", title=axis, scale=fixed(float(edges[0]), float(edges[-1]))),
         y=alt.Y("share:Q", title="share of the pairs of a kind", stack=None, axis=alt.Axis(format=".1~%")),
         color=alt.Color("kind:N", title=None, scale=alt.Scale(domain=["same", "different"])),
     )
@@ -77,18 +82,18 @@ def precision_recall(curve: Sequence[tuple[float, Quality]]) -> dict[str, Any]:
     y = alt.Y("precision:Q", title="precision", scale=SHARE)
     tips = [alt.Tooltip(f"{name}:Q", format=".4f") for name in ("threshold", "precision", "recall", "f1")]
     line = alt.Chart(inline(rows)).mark_line().encode(x=x, y=y, order="threshold:Q", tooltip=tips)
-    point = alt.Chart(NOW).mark_point(size=120, filled=True, opacity=1).encode(x=x, y=y, tooltip=tips)
+    point = alt.Chart(NOW).mark_point(size=120, filled=True, opacity=1, clip=True).encode(x=x, y=y, tooltip=tips)
     return finished(alt.layer(line, point), "Precision over recall, with a point at the threshold.")
 
 
 def f1_over_threshold(curve: Sequence[tuple[float, Quality]], axis: str) -> dict[str, Any]:
     """F1 at every threshold, and where the slider stands."""
     rows = [{"threshold": cut, "f1": quality.f1} for cut, quality in curve]
-    x = alt.X("threshold:Q", title=axis, scale=alt.Scale(nice=False, zero=False))
+    x = alt.X("threshold:Q", title=axis, scale=fixed(curve[0][0], curve[-1][0]))
     y = alt.Y("f1:Q", title="F1", scale=SHARE)
     tips = [alt.Tooltip(f"{name}:Q", format=".4f") for name in ("threshold", "f1")]
     line = alt.Chart(inline(rows)).mark_line().encode(x=x, y=y, tooltip=tips)
-    point = alt.Chart(NOW).mark_point(size=120, filled=True, opacity=1).encode(x=x, y=y, tooltip=tips)
+    point = alt.Chart(NOW).mark_point(size=120, filled=True, opacity=1, clip=True).encode(x=x, y=y, tooltip=tips)
     return finished(alt.layer(line, at_threshold(), point), "F1 over the threshold, with a point where it stands.")
 
 

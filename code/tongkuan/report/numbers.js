@@ -3,7 +3,10 @@
 const TYPES = { f64: Float64Array, f32: Float32Array, i32: Int32Array, u8: Uint8Array };
 
 function bytesOf(text) {
-  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const letters = atob(text);
+  const bytes = new Uint8Array(letters.length);
+  for (let place = 0; place < letters.length; place++) bytes[place] = letters.charCodeAt(place);
+  return bytes;
 }
 
 function unpacked(text, type) {
@@ -61,11 +64,14 @@ function qualityOf(data, called) {
 
 // A quality for each row of a group.
 function qualitiesOf(data, group, called) {
-  const counts = group.rows.map(() => [0, 0, 0, 0]); // tn, fn, fp, tp
-  for (let pair = 0; pair < data.count; pair++) {
-    counts[group.codes[pair]][(pair < called ? 2 : 0) + data.labels[pair]]++;
-  }
-  return counts.map(([tn, fn, fp, tp]) => quality(tp, fp, fn, tn));
+  const { codes, rows } = group;
+  const counts = new Uint32Array(4 * rows.length); // tn, fn, fp, tp of each row
+  for (let pair = 0; pair < called; pair++) counts[4 * codes[pair] + 2 + data.labels[pair]]++;
+  for (let pair = called; pair < data.count; pair++) counts[4 * codes[pair] + data.labels[pair]]++;
+  return rows.map((_, row) => {
+    const [tn, fn, fp, tp] = counts.subarray(4 * row);
+    return quality(tp, fp, fn, tn);
+  });
 }
 
 // A slider place is a decimal number, so that the threshold on view is the one that counts.

@@ -7,6 +7,9 @@ const state = { threshold: data.start, list: "mistakes", search: "", shown: CARD
 let texts = null; // of items, for the search; made at the first letter
 let matches = null; // Uint8Array by pair while something is searched
 
+const numbers = new Intl.NumberFormat("en"); // toLocaleString would make one at each call
+const grouped = (value) => numbers.format(value);
+
 function shortest(value) {
   return String(Number(value.toPrecision(6))).replace("-", "−");
 }
@@ -18,19 +21,22 @@ function now(called) {
 function writeFigures(figures) {
   for (const place of document.querySelectorAll("[data-figure]")) {
     const value = figures[place.dataset.figure];
-    place.textContent = Number.isInteger(value) && "count" in place.dataset ? value.toLocaleString("en") : value.toFixed(4);
+    place.textContent = Number.isInteger(value) && "count" in place.dataset ? grouped(value) : value.toFixed(4);
   }
 }
 
 function cells(row, values) {
-  values.forEach((value, number) => (row.cells[number + 1].textContent = value));
+  values.forEach((value, number) => {
+    const cell = row[number];
+    if (cell.textContent !== value) cell.textContent = value;
+  });
 }
 
 function valuesOf(q) {
   const count = q.tp + q.fp + q.fn + q.tn;
   const share = (value) => (count ? value.toFixed(4) : "–");
   return [
-    count.toLocaleString("en"), (q.tp + q.fn).toLocaleString("en"), q.fp.toLocaleString("en"), q.fn.toLocaleString("en"),
+    grouped(count), grouped(q.tp + q.fn), grouped(q.fp), grouped(q.fn),
     share(q.f1), share(q.precision), share(q.recall), share(q.accuracy),
   ];
 }
@@ -46,10 +52,9 @@ function makeTables() {
     }
     group.places = group.rows.map((name, code) => {
       if (!counts[code]) return null;
-      const row = element("tr", {}, element("th", { scope: "row" }, name));
-      for (let column = 0; column < 8; column++) row.append(element("td"));
-      body.append(row);
-      return row;
+      const places = Array.from({ length: 8 }, () => element("td"));
+      body.append(element("tr", {}, element("th", { scope: "row" }, name), ...places));
+      return places;
     });
   });
 }
@@ -84,8 +89,8 @@ function writePairs(called) {
   }
   at("pairs").replaceChildren(...found.map((pair) => card(data, pair, pair < called)));
   const everywhere = matches ? matches.reduce((sum, match) => sum + match, 0) : 0;
-  const words = [`${found.length.toLocaleString("en")} of ${count.toLocaleString("en")} pairs`];
-  if (matches) words.push(`${everywhere.toLocaleString("en")} of all pairs match the search`);
+  const words = [`${grouped(found.length)} of ${grouped(count)} pairs`];
+  if (matches) words.push(`${grouped(everywhere)} of all pairs match the search`);
   at("status").textContent = words.join("; ");
   at("more").hidden = found.length >= count;
   at("everywhere").hidden = !matches || state.list === "all" || everywhere === count;
