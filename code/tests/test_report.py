@@ -227,12 +227,18 @@ def test_a_strangers_similarity_has_no_towers_and_no_calibration(tmp_path: Path)
 
 
 def test_a_run_adds_its_curves(world: World, tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": None}, {"step": 20, "valid_f1": 0.5}]
+    rows: list[dict[str, object]] = [
+        {"step": 10, "loss": 2.0},
+        {"step": 20, "loss": None},
+        {"step": 20, "valid_f1": 0.5},
+    ]
     write_rows(tmp_path / "metrics.jsonl", rows)
     html = made(world, tmp_path, run_dir=tmp_path)
     drawn = data_of(html)["charts"]
     assert "training loss" in html and "validation F1 at its best threshold" in html
-    assert orjson.dumps(drawn["training-0"]).count(b'"step":10') == 1 and b'"step":20' not in orjson.dumps(drawn["training-0"])
+    assert orjson.dumps(drawn["training-0"]).count(b'"step":10') == 1 and b'"step":20' not in orjson.dumps(
+        drawn["training-0"]
+    )
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(world: World, tmp_path: Path) -> None:

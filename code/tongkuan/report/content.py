@@ -50,9 +50,7 @@ class Subject:
 
     def lacking(self) -> NDArray[np.bool_]:
         """(N,): one of the pair's pictures is missing."""
-        lacks = {
-            item_id: self.pictures.state(item.image_name) != views.NAMED for item_id, item in self.items.items()
-        }
+        lacks = {item_id: self.pictures.state(item.image_name) != views.NAMED for item_id, item in self.items.items()}
         return np.array([lacks[pair.left] or lacks[pair.right] for pair in self.result.pairs])
 
 

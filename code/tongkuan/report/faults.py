@@ -24,7 +24,7 @@ BLOCK = 512  # pictures compared at a time
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """Two items that are labelled different, and the same through the pairs `chain` (item ids from one to the other)."""
+    """Two items labelled different, and the same through pairs: `chain` has the item ids from one to the other."""
 
     left: str
     right: str

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import numpy as np
 import orjson
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,7 +21,10 @@ from numpy.typing import NDArray
 HERE = Path(__file__).parent
 SCRIPTS = ("numbers.js", "charts.js", "pairs.js", "page.js")
 SLIDER_STEPS = 1000
-POLICY = "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 
 
 def packed(array: NDArray[Any]) -> str:
@@ -77,5 +79,3 @@ def flat(value: object, name: str = "") -> list[tuple[str, str]]:
         return [row for key in value for row in flat(value[key], f"{name}.{key}" if name else str(key))]
     text = value if isinstance(value, str) else orjson.dumps(value).decode()
     return [(name, text if len(text) <= 2000 else text[:1999] + "…")]
-
-
