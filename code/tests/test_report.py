@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from report_worlds import CLOSING, IMAGE, SCRIPT, World, make_world, write_rows
+from scipy import stats  # scikit-learn brings it
 
 from tongkuan.files import UserError
 from tongkuan.metrics import bootstrap, quality_at
@@ -134,7 +135,6 @@ def test_another_result_is_compared_pair_by_pair_whatever_its_order(world: World
 
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_scipys_binomial_test(won: int, lost: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
     expected = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
     assert figures.mcnemar(won, lost) == pytest.approx(expected, rel=1e-12)
 
@@ -162,7 +162,6 @@ def test_calibration_of_scores_that_are_log_odds_is_right_and_of_doubled_ones_is
 
 @given(st.integers(1, 1000), st.data())
 def test_wilsons_interval_is_scipys(count: int, data: st.DataObject) -> None:
-    stats = pytest.importorskip("scipy.stats")
     hits = data.draw(st.integers(0, count))
     expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
     found = figures.wilson(hits, count)
