@@ -44,7 +44,8 @@ def inline(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
 
 def at_threshold() -> alt.Chart:
     """A rule where the slider stands."""
-    return alt.Chart(NOW).mark_rule(strokeDash=[5, 3], strokeWidth=1.5, clip=True).encode(x="threshold:Q")
+    rule: alt.Chart = alt.Chart(NOW).mark_rule(strokeDash=[5, 3], strokeWidth=1.5, clip=True).encode(x="threshold:Q")
+    return rule
 
 
 def fixed(low: float, high: float) -> alt.Scale:

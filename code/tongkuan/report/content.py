@@ -69,13 +69,14 @@ def headline(subject: Subject) -> dict[str, Any]:
     result = subject.result
     scores, labels = result.scores, result.labels
     chosen = result.threshold
-    rows = [("threshold 0, as trained", 0.0)] if chosen != 0 else []
     name = "each pair's own threshold" if chosen is None else f"threshold {chosen:.6g}, chosen".replace("-", "−")
     name = "threshold 0, as trained and chosen" if chosen == 0 else name
-    qualities = [(name, result.thresholds, quality_at(scores, labels, result.thresholds))]
-    qualities = [(text, cut, quality_at(scores, labels, cut)) for text, cut in rows] + qualities
+    rows: list[tuple[str, float | Scores]] = [(name, result.thresholds)]
+    if chosen != 0:
+        rows.insert(0, ("threshold 0, as trained", 0.0))
     table = [
-        {"name": text, "quality": quality, **figures.estimates(scores, labels, cut)} for text, cut, quality in qualities
+        {"name": text, "quality": quality_at(scores, labels, cut), **figures.estimates(scores, labels, cut)}
+        for text, cut in rows
     ]
     lacking = subject.lacking()
     counts = {

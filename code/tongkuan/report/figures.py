@@ -92,7 +92,8 @@ def mcnemar(won: int, lost: int) -> float:
     for k in range(min(won, lost)):
         term = term * (count - k) // (k + 1)  # the binomial coefficient of count over k + 1
         tail += term
-    return min(1.0, 2 * tail / 2**count)
+    chance: float = 2 * tail / 2**count
+    return min(1.0, chance)
 
 
 @dataclass(frozen=True, slots=True)

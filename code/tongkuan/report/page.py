@@ -56,7 +56,9 @@ def script_hash(script: str) -> str:
 
 def render(facts: Mapping[str, Any], data: Mapping[str, Any], pictures: Mapping[int, str]) -> bytes:
     """The page: `facts` go into the template, `data` and `pictures` (base64 by item's number) to the scripts."""
-    library = vl_convert.javascript_bundle(vl_version=alt.SCHEMA_VERSION.rpartition(".")[0])
+    library = vl_convert.javascript_bundle(
+        "window.vegaEmbed = vegaEmbed;", vl_version=alt.SCHEMA_VERSION.rpartition(".")[0]
+    )
     own = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -61,7 +61,9 @@ def read_scored(submit_dir: Path, pairs_path: Path) -> Result:
     )
     return Result(
         [pairs[number] for number in surest],
-        *(array[surest] for array in (scores, thresholds, labels)),
+        scores[surest],
+        thresholds[surest],
+        labels[surest],
         commodity[surest] if has_towers else None,
         adaptive[surest] if has_towers else None,
     )

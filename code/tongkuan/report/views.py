@@ -149,7 +149,7 @@ def worth_seeing(result: Result, lacking: NDArray[np.bool_], changed: NDArray[np
     margins, labels = result.margins, result.labels
     nearest = np.argsort(np.abs(margins), kind="stable")
     trained = np.argsort(np.abs(result.scores), kind="stable")[: MAX_PICTURED // 10]
-    lists = [
+    lists: list[Iterable[Any]] = [
         np.flatnonzero(labels == 0),
         np.flatnonzero(labels == 1)[::-1],
         nearest[: MAX_PICTURED // 5],
