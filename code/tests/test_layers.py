@@ -14,17 +14,19 @@ LAYERS = [
     {"cache"},
     {"encode"},
     {"memory"},
-    {"evaluate", "train", "predict", "judge", "plot", "demo", "release", "verify"},
+    {"evaluate", "train", "predict", "judge", "plot", "report", "demo", "release", "verify"},
     {"__main__"},
 ]
 # Within a line: config needs the records' key list, data and checkpoint the model, train what evaluate shares,
-# plot and demo what the judges compute, verify what predict does.
+# plot, report and demo what the judges compute, report also the bars of plot, verify what predict does.
 NEIGHBOURS = {
     ("config", "records"),
     ("data", "model"),
     ("checkpoint", "model"),
     ("train", "evaluate"),
     ("plot", "judge"),
+    ("report", "judge"),
+    ("report", "plot"),
     ("demo", "judge"),
     ("verify", "predict"),
 }
@@ -54,12 +56,14 @@ def imported(path: Path) -> set[str]:
 
 def test_imports_point_one_way() -> None:
     rank = {name: number for number, layer in enumerate(LAYERS) for name in layer}
-    modules = {path.stem for path in (CODE / "tongkuan").glob("*.py")} - {"__init__"}
+    files = {path.stem: [path] for path in (CODE / "tongkuan").glob("*.py") if path.stem != "__init__"}
+    for folder in (CODE / "tongkuan").glob("*/__init__.py"):
+        files[folder.parent.name] = list(folder.parent.glob("*.py"))
+    modules = files.keys()
     assert modules == rank.keys(), "each module has its place"
     for module in modules:
-        own = {
-            name.split(".")[1] for name in imported(CODE / "tongkuan" / f"{module}.py") if name.startswith("tongkuan.")
-        }
+        names = {name for path in files[module] for name in imported(path)}
+        own = {name.split(".")[1] for name in names if name.startswith("tongkuan.")} - {module}
         for other in own & modules:
             assert rank[other] < rank[module] or (module, other) in NEIGHBOURS, f"{module} imports {other}"
 
@@ -74,7 +78,7 @@ def test_every_dependency_is_used_and_explained() -> None:
     project = tomllib.loads((CODE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     explained = (CODE / "CONTRIBUTING.md").read_text(encoding="utf-8")
     lock = (CODE / "requirements.lock").read_text(encoding="utf-8")
-    sources = [*CODE.glob("tongkuan/*.py"), *CODE.parent.glob("data_scripts/*.py")]
+    sources = [*CODE.glob("tongkuan/**/*.py"), *CODE.parent.glob("data_scripts/*.py")]
     used = {name.split(".")[0] for path in sources for name in imported(path)}
     presets = "".join(path.read_text(encoding="utf-8") for path in CODE.glob("presets/*.yaml"))
     for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:

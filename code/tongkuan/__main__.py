@@ -169,6 +169,21 @@ def run_plot(arguments: Arguments) -> None:
     plot(arguments.submit, arguments.pairs, arguments.out or arguments.submit / "scores.svg")
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    add_judge(parser)
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="item files and images/")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="a training run: adds its curves")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another result of these pairs to compare with")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=".html (default SUBMIT/report.html)")
+
+
+def run_report(arguments: Arguments) -> None:
+    from tongkuan.report import report
+
+    out = arguments.out or arguments.submit / "report.html"
+    report(arguments.submit, arguments.pairs, arguments.data, out, arguments.run, arguments.against)
+
+
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
     parser.add_argument("--ablation", action="store_true", help="also train on text alone and on pictures alone")
@@ -192,6 +207,7 @@ VERBS: dict[str, Verb] = {
     "check": ("hold a result against the judges' contract", add_judge, run_check),
     "score": ("the judges' F1 of a result", add_judge, run_score),
     "plot": ("draw the scores of same and different pairs of a result", add_plot, run_plot),
+    "report": ("one page of a result: figures, curves, a slider, pairs with pictures", add_report, run_report),
     "demo": ("the whole job on a sample catalogue, in minutes", add_demo, run_demo),
 }
 SCRIPTS = {
