@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import io
 import itertools
+import logging
 import os
 import re
 import unicodedata
@@ -200,6 +201,11 @@ def squash(data: bytes, size: int) -> tuple[bytes, str, int, int]:
     buffer = io.BytesIO()
     bicubic(image, size).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue(), repair, width, height
+
+
+def silence_pillow() -> None:
+    """Keep its log off the terminal: what is wrong with a picture goes into the ledger."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def bicubic(image: Image.Image, size: int) -> Image.Image:

@@ -6,7 +6,6 @@
 import argparse
 import hashlib
 import itertools
-import logging
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 import orjson
-from pictures import Source, UnreadableError, find_source, fold, path_tails, safe_name, squash
+from pictures import Source, UnreadableError, find_source, fold, path_tails, safe_name, silence_pillow, squash
 from tqdm import tqdm
 
 from tongkuan.files import UserError, check_writable, publish
@@ -132,11 +131,6 @@ def start_worker(sources: dict[str, Source]) -> None:
     silence_pillow()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def silence_pillow() -> None:
-    """Keep its log off the terminal: what is wrong with a picture goes into the ledger."""
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def end_with_parent() -> None:
