@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -18,7 +19,7 @@ from worlds import tiny_preset, tiny_settings
 
 from tongkuan.config import Precision, TrainSettings
 from tongkuan.distributed import Ranks
-from tongkuan.files import UserError
+from tongkuan.files import FaultError, UserError
 from tongkuan.model import build
 from tongkuan.records import Pair
 from tongkuan.train import BatchDraw, Learner, Loaded, Part, learning_rate_at, load_task, parts, train
@@ -328,3 +329,30 @@ def test_two_damaged_checkpoints_end_the_run_in_one_line(data: Path, tmp_path: P
         (run_dir / name).write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match=r"last\.pt and .*previous\.pt: damaged; delete to start the run anew"):
         train(settings, data, run_dir, tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_fault_in_training_names_step_pairs_and_last_good_state(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    settings = tiny_settings(tmp_path, "train.log_every=3", "train.save_every=2")
+    real, seen, bad = Learner.part_loss, [], {"loss": 4, "gradient": 3}[what]
+
+    def part_loss(self: Learner, part: Part, *rest: Any) -> torch.Tensor:
+        seen.append([f"{pair.left}-{pair.right}" for pair in part.pairs])
+        loss = real(self, part, *rest)
+        if part.step == bad and what == "gradient":
+            self.model.commodity.head.bias.register_hook(lambda gradient: gradient * math.inf)
+        return loss * math.nan if part.step == bad and what == "loss" else loss
+
+    monkeypatch.setattr(Learner, "part_loss", part_loss)
+    with pytest.raises(FaultError) as caught:
+        train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")
+    line, last = str(caught.value), tmp_path / "run" / "last.pt"
+    assert f"the {what} of step {bad + 1} is not a number" in line and f"{last} is the last good state" in line
+    assert all(pair in line for pair in seen[bad]) and "\n" not in line
+    kept = torch.load(last, weights_only=True)
+    assert kept["step"] == {"loss": 4, "gradient": 2}[what]
+    assert all(tensor.isfinite().all() for tensor in kept["model"].values())
+    monkeypatch.setattr(Learner, "part_loss", real)
+    train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")

@@ -108,7 +108,9 @@ def test_the_log_alone_reads_numbers(data: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.Tensor, "__float__", counted)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.safetensors").touch()
-    settings = tiny_settings(tmp_path, "train.steps=8", "train.log_every=4", "train.save_every=8")
+    settings = tiny_settings(
+        tmp_path, "train.steps=8", "train.log_every=4", "train.save_every=8", "train.validate_every=8"
+    )
     train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")
     assert len(read) == 4
 

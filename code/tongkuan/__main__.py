@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tongkuan.files import NO_ROOM, UserError
+from tongkuan.files import NO_ROOM, FaultError, UserError
 
 DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
 PRESET = "ccks2022-63"
@@ -286,11 +286,11 @@ def run() -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         return main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, FaultError) as error:
         # Every rank meets the same error; one says so.
         if os.environ.get("RANK", "0") == "0":
             print(f"tongkuan: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

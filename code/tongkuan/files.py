@@ -18,6 +18,10 @@ class UserError(Exception):
     """Something the user can mend. Its text is one line: file, line, what is wrong, what to do next. Exit code 2."""
 
 
+class FaultError(Exception):
+    """Something that went wrong on the way, whoever caused it. Its text is one line, as UserError's. Exit code 1."""
+
+
 @contextmanager
 def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success flush, fsync and rename it there, on any error remove it.

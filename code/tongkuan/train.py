@@ -26,12 +26,12 @@ from tongkuan.data import Batch, ItemStore, augment, build_tokenizer, normalised
 from tongkuan.distributed import Ranks, ranks
 from tongkuan.encode import autocast, batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
 from tongkuan.evaluate import labels_of
-from tongkuan.files import UserError, check_writable, publish
+from tongkuan.files import FaultError, UserError, check_writable, publish
 from tongkuan.memory import describe_memory
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
 from tongkuan.processor import keep_freed_memory
-from tongkuan.records import Pair, components, item_file, item_text, pair_file, read_items, read_pairs
+from tongkuan.records import Pair, clip, components, item_file, item_text, pair_file, read_items, read_pairs
 
 WHITEN_ITEMS = 768  # enough to know their spread by, and quick
 
@@ -336,20 +336,41 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
             run.losses.append(loss)
             progress.update(pairs)
             finished, is_last = step + 1, step + 1 == options.steps
-            if finished % options.log_every == 0 or is_last:
+            everies = (options.log_every, options.validate_every, options.save_every)
+            is_row, is_validated, is_saved = (finished % every == 0 or is_last for every in everies)
+            if is_row or is_validated or is_saved:  # before a state that is none is kept
                 mean = float(np.mean(fellows.gather(float(torch.stack(run.losses).mean()))))
+                size = float(norm)
+                if not math.isfinite(mean) or not (math.isfinite(size) or learner.scaler.is_enabled()):
+                    raise FaultError(fault(task, options, fellows, run, finished))
+            if is_row:
                 run.losses.clear()
-                if not math.isfinite(mean):
-                    raise RuntimeError(f"loss is {mean} at step {finished}; {run.last} is the last good state")
                 rate = learner.optimizer.param_groups[0]["lr"]
-                figures = {"loss": mean, "gradient_norm": float(norm), "learning_rate": rate}
+                figures = {"loss": mean, "gradient_norm": size, "learning_rate": rate}
                 speed, wait = progress.format_dict["rate"] or 0.0, learner.take_wait()
                 run.log(finished, figures, {"pairs_per_second": speed, "data_wait_seconds": wait})
                 progress.set_postfix(loss=f"{mean:.4f}", data_wait=f"{1000 * wait:.1f} ms")
-            if finished % options.validate_every == 0 or is_last:
+            if is_validated:
                 validate(model, task, settings, fellows, run, finished)
-            if finished % options.save_every == 0 or is_last:
+            if is_saved:
                 run.save(finished, model, learner.optimizer, learner.scaler)
+
+
+def fault(task: Task, options: TrainSettings, fellows: Ranks, run: Run, finished: int) -> str:
+    """A line on the first step since the last row whose loss, or the last step whose gradient, is no number.
+
+    Told when something is to be kept: looking at each step's loss would have the host wait for the device.
+    """
+    by_rank = np.array(fellows.gather([float(loss) for loss in run.losses]))  # (ranks, steps)
+    lost = np.flatnonzero(~np.isfinite(by_rank).all(axis=0))
+    step = finished - by_rank.shape[1] + int(lost[0]) if len(lost) else finished - 1
+    what = "loss" if len(lost) else "gradient"
+    pairs = ", ".join(f"{pair.left}-{pair.right}" for pair in BatchDraw(task.train_pairs, options).batch(step)[:8])
+    state = f"{run.last} is the last good state" if run.last.exists() else "there is no checkpoint yet"
+    return (
+        f"the {what} of step {step + 1} is not a number (pairs {clip(pairs, 300)}); {state}: look at these pairs, "
+        "or lower train.learning_rate or train.clip_norm"
+    )
 
 
 def gradient_exchange(model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
