@@ -209,9 +209,9 @@ def test_the_published_size_is_estimated_in_seconds() -> None:
     with torch.device("meta"):
         model = build(settings.model, config, pretrained=False)
     model.to_empty(device="cpu")  # nobody writes to it, so it takes no memory
-    start = time.monotonic()
+    start = time.process_time()  # on one thread; what else the machine does must not count
     found = estimate(model, settings, Ranks(0, 2, ALONE.device))
-    assert time.monotonic() - start < 15
+    assert time.process_time() - start < 15
     assert found.pairs == 4
     assert 20e9 < found.peak < 42e9, "42 GB as published, with attention that kept its weights"
 
