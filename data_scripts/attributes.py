@@ -3,7 +3,6 @@
 ./entrypoint.sh attributes --data data --top 20
 """
 
-import argparse
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from resize import SPLITS, count
 from rich.cells import cell_len
 from tqdm import tqdm
 
+from tongkuan.command import DATA, Parser
 from tongkuan.files import UserError
 from tongkuan.records import (
     TEN_KEYS,
@@ -177,16 +177,21 @@ def attributes(folder: Path, splits: Sequence[str], top: int, style: AttributeSt
     )
 
 
+def parser() -> Parser:
+    """The verb's options."""
+    about = "Which attribute keys items have, and how well they tell products apart."
+    options = Parser("attributes", about, "./entrypoint.sh attributes --data runs/demo/data --top 5")
+    options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"what resize made (default {DATA})")
+    options.add_argument("--raw", type=Path, metavar="DIR", help="the organiser's files instead")
+    options.add_argument("--split", action="append", default=[], metavar="S", help="may be repeated (default: all)")
+    options.add_argument("--top", type=count, default=20, metavar="N", help="keys to show (default 20)")
+    styles = get_args(AttributeStyle)
+    options.add_argument("--attributes", choices=styles, default="quoted", help="how to read them (default quoted)")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The verb. Raises UserError for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="./entrypoint.sh attributes", description="Which attribute keys items have.")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder that resize made (%(default)s)")
-    parser.add_argument("--raw", type=Path, help="the organiser's files instead")
-    parser.add_argument("--split", action="append", default=[], help="may be repeated (default: those that are there)")
-    parser.add_argument("--top", type=count, default=20, help="keys to show (%(default)s)")
-    parser.add_argument(
-        "--attributes", choices=get_args(AttributeStyle), default="quoted", help="how to read them (%(default)s)"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     print(attributes(arguments.raw or arguments.data, arguments.split, arguments.top, arguments.attributes))
     return 0

@@ -1,18 +1,14 @@
 """Fetch the organiser's files, or take them from a folder. Cut short, the same command goes on.
 
-./entrypoint.sh download --urls links.txt
-./entrypoint.sh download --from ~/Downloads
-
-The organiser's links are signed and expire, so they are yours to bring: a line of links.txt is a file, `#` begins a
-comment, and without NAME the last part of the URL's path counts.
+The organiser's links are signed and expire, so they are yours to bring: a line of FILE is
+a file, `#` begins a comment, and without NAME the last part of the URL's path counts.
 
   NAME URL [size=BYTES] [sha256=HEX]
 
-Names: item_{train,valid,test}_info.jsonl, item_{...}_pair.jsonl, and item_{...}_images.zip or its parts .zip.partaa,
-.zip.partab and so on, which are joined into the .zip.
+Names: item_{train,valid,test}_info.jsonl, item_{...}_pair.jsonl, item_{...}_images.zip or
+its parts .zip.partaa, .zip.partab and so on, which are joined into the .zip.
 """
 
-import argparse
 import difflib
 import errno
 import fcntl
@@ -30,6 +26,7 @@ import orjson
 from tqdm import tqdm
 from transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
 
+from tongkuan.command import RAW, Parser
 from tongkuan.files import READ_BLOCK, UserError, check_writable, sha256_of, sync_folder, unwritable
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
@@ -275,20 +272,20 @@ def download(raw_dir: Path, wanted: Sequence[Wanted], patience: Patience) -> str
     return f"{raw_dir}: {'; '.join(done)}\nnext: ./entrypoint.sh resize --raw {raw_dir}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb. Raises UserError for what the user can mend."""
+def parser() -> Parser:
+    """The verb's options."""
     about, _, how = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="./entrypoint.sh download",
-        description=about,
-        epilog=how,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--raw", type=Path, default=Path("data/raw"), metavar="DIR", help="to fill (default data/raw)")
-    origin = parser.add_mutually_exclusive_group(required=True)
+    options = Parser("download", about, "./entrypoint.sh download --from runs/demo/raw --raw runs/mine/raw", how)
+    options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"to fill (default {RAW})")
+    origin = options.add_mutually_exclusive_group(required=True)
     origin.add_argument("--urls", type=Path, metavar="FILE", help="a list of links, see below")
     origin.add_argument("--from", type=Path, metavar="DIR", dest="folder", help="a folder to copy from")
-    arguments = parser.parse_args(argv)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The verb. Raises UserError for what the user can mend."""
+    arguments = parser().parse_args(argv)
     if arguments.folder and arguments.folder.resolve() == arguments.raw.resolve():
         raise UserError(f"{arguments.raw}: both --from and --raw; run ./entrypoint.sh resize --raw {arguments.raw}")
     have = Record(arguments.raw).whole()

@@ -3,7 +3,6 @@
 ./entrypoint.sh resize --raw data/raw --data data
 """
 
-import argparse
 import hashlib
 import itertools
 import multiprocessing
@@ -23,6 +22,7 @@ import orjson
 from pictures import Source, UnreadableError, find_source, fold, path_tails, safe_name, silence_pillow, squash
 from tqdm import tqdm
 
+from tongkuan.command import DATA, RAW, Parser
 from tongkuan.files import UserError, check_writable, publish
 from tongkuan.processor import keep_freed_memory
 from tongkuan.records import (
@@ -382,15 +382,20 @@ def count(text: str) -> int:
     return int(text)
 
 
+def parser() -> Parser:
+    """The verb's options."""
+    example = "./entrypoint.sh resize --raw runs/demo/raw --data runs/mine/data --size 96"
+    options = Parser("resize", "Pictures, items and pairs in the form train reads.", example)
+    options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"the organiser's files (default {RAW})")
+    options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"to fill (default {DATA})")
+    options.add_argument("--size", type=count, default=384, metavar="N", help="pixels a side (default 384)")
+    workers = len(os.sched_getaffinity(0))
+    options.add_argument("--workers", type=count, default=workers, metavar="N", help="processes (default: one a core)")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The verb. Raises UserError for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="./entrypoint.sh resize", description="Pictures, items and pairs in the form train reads."
-    )
-    parser.add_argument("--raw", type=Path, default=Path("data/raw"), help="the organiser's files (%(default)s)")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where the result goes (%(default)s)")
-    parser.add_argument("--size", type=count, default=384, help="side of the square pictures (%(default)s)")
-    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     print(resize(arguments.raw, arguments.data, arguments.size, arguments.workers))
     return 0

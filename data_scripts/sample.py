@@ -4,7 +4,6 @@
 the other half siblings that only the text tells apart, so neither text nor picture alone will do.
 """
 
-import argparse
 import io
 import itertools
 import math
@@ -23,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
 from tqdm import tqdm
 
+from tongkuan.command import RAW, Parser
 from tongkuan.files import UserError, check_writable, publish
 from tongkuan.records import Pair, item_file, pair_file, pair_row
 
@@ -374,14 +374,19 @@ def draw(raw_dir: Path, products: int = PRODUCTS, seed: int = 0) -> str:
     return f"{raw_dir}: {products} products, {items} items, {pairs} pairs (train/valid/test), {num_pictures} pictures"
 
 
+def parser() -> Parser:
+    """The verb's options."""
+    about = "A sample catalogue drawn by code, in the organiser's raw format."
+    options = Parser("sample", about, "./entrypoint.sh sample --raw runs/sample/raw --products 60")
+    options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"to fill (default {RAW})")
+    options.add_argument("--products", type=int, default=PRODUCTS, metavar="N", help=f"how many (default {PRODUCTS})")
+    options.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (default 0)")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The verb. Raises UserError for what the user can mend."""
-    about = "A sample catalogue drawn by code, in the organiser's raw format."
-    parser = argparse.ArgumentParser(prog="./entrypoint.sh sample", description=about)
-    parser.add_argument("--raw", type=Path, default=Path("data/raw"), help="folder to fill (%(default)s)")
-    parser.add_argument("--products", type=int, default=PRODUCTS, help="how many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     print(draw(arguments.raw, arguments.products, arguments.seed))
     print(f"next: ./entrypoint.sh resize --raw {arguments.raw}")
     return 0

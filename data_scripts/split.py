@@ -3,7 +3,6 @@
 ./entrypoint.sh split --data data --ratio 5.6 --seed 0
 """
 
-import argparse
 import hashlib
 import math
 from collections import defaultdict
@@ -15,6 +14,7 @@ from typing import Any
 import orjson
 from resize import HANDED_OUT
 
+from tongkuan.command import DATA, Parser
 from tongkuan.files import UserError, publish
 from tongkuan.records import (
     Item,
@@ -241,14 +241,18 @@ def positive(text: str) -> float:
     return float(text)
 
 
+def parser() -> Parser:
+    """The verb's options."""
+    example = "./entrypoint.sh split --data runs/demo/data"
+    options = Parser("split", "Item-disjoint train and validation pairs.", example)
+    options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"what resize made (default {DATA})")
+    options.add_argument("--ratio", type=positive, default=5.6, metavar="R", help="train to valid pairs (default 5.6)")
+    options.add_argument("--seed", type=int, default=0, metavar="N", help="among components of a size (default 0)")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The verb. Raises UserError for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="./entrypoint.sh split", description="Item-disjoint train and validation pairs."
-    )
-    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder that resize made (%(default)s)")
-    parser.add_argument("--ratio", type=positive, default=5.6, help="pairs of train to one of valid (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides between components of one size (%(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     print(split(arguments.data, arguments.ratio, arguments.seed))
     return 0

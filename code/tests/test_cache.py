@@ -140,6 +140,7 @@ def test_a_run_that_failed_goes_on_with_its_finished_batches(
     assert resumed == run(data, model, tmp_path / "plain", None)
 
 
+@pytest.mark.slow
 def test_one_rank_two_and_one_again_share_a_cache(own: Path, model: Path, tmp_path: Path, forwards: Forwards) -> None:
     cache, submit = tmp_path / "cache", tmp_path / "s"
     forwards.fail_at = 2

@@ -10,11 +10,12 @@ CODE = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"files", "processor"},
     {"records", "config", "distributed", "metrics"},
-    {"model", "data", "checkpoint"},
+    {"command", "model", "data", "checkpoint"},
     {"cache"},
     {"encode"},
     {"memory"},
     {"evaluate", "train", "predict", "judge", "plot", "report", "demo", "release", "verify"},
+    {"plan"},
     {"__main__"},
 ]
 # Within a line: config needs the records' key list, data and checkpoint the model, train what evaluate shares,

@@ -58,8 +58,8 @@ def test_a_users_error_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> 
 
 
 def test_an_unknown_verb_or_option_is_answered_with_the_nearest() -> None:
-    assert "did you mean predict?" in error_of("predcit")
-    assert "did you mean --submit?" in error_of("check", "--submti", "x", "--pairs", "y")
+    assert "did you mean 'predict'?" in error_of("predcit")
+    assert "did you mean '--submit'?" in error_of("check", "--submti", "x", "--pairs", "y")
 
 
 def test_an_unknown_item_id_names_line_and_nearest(own: Path, model: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def world(data: Path, model: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
     return submit, own, copied
 
 
+@pytest.mark.slow
 def test_a_result_is_rebuilt_to_the_byte_elsewhere_under_another_hash_seed(
     world: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

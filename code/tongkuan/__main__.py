@@ -1,16 +1,18 @@
 """The verbs: `./entrypoint.sh VERB [--option value] [section.key=value]`; without a verb, what there is."""
 
 import argparse
-import difflib
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
+from tongkuan.command import DATA, Parser
 from tongkuan.files import NO_ROOM, FaultError, UserError
+from tongkuan.records import clip, nearest
 
 DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
 PRESET = "ccks2022-63"
@@ -19,24 +21,17 @@ MODEL = Path("weights/model.safetensors")
 Arguments = argparse.Namespace
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors of usage in one line, with the nearest known option."""
-
-    def error(self, message: str) -> Any:
-        known = [option for action in self._actions for option in action.option_strings]
-        for word in message.split():
-            if word.startswith("--") and (near := difflib.get_close_matches(word.partition("=")[0], known, n=1)):
-                message += f" (did you mean {near[0]}?)"
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def add_model_options(parser: argparse.ArgumentParser, split: str) -> None:
     """Options of the verbs that run a trained model."""
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="item files and images/")
-    parser.add_argument("--split", default=split, help=f"which item files (default {split})")
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"default {MODEL}")
-    parser.add_argument("--threshold", type=float, help="instead of the model's own")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, metavar="DIR", help=f"item files and images/ (default {DATA})"
+    )
+    parser.add_argument("--split", default=split, metavar="S", help=f"which item files (default {split})")
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the model (default {MODEL})")
+    parser.add_argument("--threshold", type=float, metavar="T", help="instead of the model's own")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoders (default fp32)"
+    )
     parser.add_argument("--encode-batch", type=int, metavar="N", help="items a batch (default: by device and picture)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings: a killed run goes on from them")
     add_nproc(parser)
@@ -47,26 +42,53 @@ def add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks (default: one a GPU, one without)")
 
 
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Say what would be done."""
+    parser.add_argument("--dry-run", action="store_true", help="only the plan: counts, memory and, by a probe, time")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default=PRESET, metavar="P", help=f"a name or a YAML file (default {PRESET})")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.steps=500")
+
+
+def run_settings(arguments: Arguments) -> None:
+    from tongkuan.config import describe, resolve
+
+    print(describe(resolve(arguments.preset, arguments.overrides)))
+    print(f"# next: ./entrypoint.sh train --preset {arguments.preset}")
+
+
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default=PRESET, help=f"a name or a YAML file (default {PRESET})")
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="what split made")
+    parser.add_argument("--preset", default=PRESET, metavar="P", help=f"a name or a YAML file (default {PRESET})")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"what split made (default {DATA})")
     parser.add_argument("--run", type=Path, metavar="DIR", help="checkpoints and curves (default runs/PRESET)")
     parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the best one (default {MODEL})")
     add_nproc(parser)
+    add_dry_run(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.steps=500")
 
 
 def run_train(arguments: Arguments) -> None:
     from tongkuan.config import load_settings
-    from tongkuan.train import train
 
     run_dir = arguments.run or Path("runs") / Path(arguments.preset).stem
-    train(load_settings(arguments.preset, arguments.overrides), arguments.data, run_dir, arguments.model)
+    settings = load_settings(arguments.preset, arguments.overrides)
+    if arguments.dry_run:
+        from tongkuan.plan import plan_training
+
+        plan_training(settings, arguments.data, run_dir)
+        return
+    from tongkuan.train import train
+
+    train(settings, arguments.data, run_dir, arguments.model)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="FILE", help="a released .pth, whole or in parts, to import")
-    parser.add_argument("--preset", default=PRESET, help=f"its recipe, or whose encoders to fetch (default {PRESET})")
+    parser.add_argument(
+        "--preset", default=PRESET, metavar="P", help=f"its recipe, or whose encoders to fetch (default {PRESET})"
+    )
     parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="config.json and vocab.txt of its texts")
     parser.add_argument("--threshold", type=float, default=0.0, metavar="T", help="of the imported model (default 0)")
     parser.add_argument("--out", type=Path, default=MODEL, metavar="FILE", help=f"the imported model (default {MODEL})")
@@ -106,6 +128,7 @@ def run_evaluate(arguments: Arguments) -> None:
 def add_predict(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, "test")
     add_submit(parser)
+    add_dry_run(parser)
 
 
 def run_predict(arguments: Arguments) -> None:
@@ -113,6 +136,11 @@ def run_predict(arguments: Arguments) -> None:
     from tongkuan.predict import predict
 
     settings = DataSettings(encode_batch=arguments.encode_batch)
+    if arguments.dry_run:
+        from tongkuan.plan import plan_prediction
+
+        plan_prediction(arguments.data, arguments.split, arguments.model, settings, arguments.precision)
+        return
     predict(
         arguments.data,
         arguments.split,
@@ -127,8 +155,10 @@ def run_predict(arguments: Arguments) -> None:
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
     add_submit(parser)
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="item files and images/")
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"default {MODEL}")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, metavar="DIR", help=f"item files and images/ (default {DATA})"
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the model (default {MODEL})")
 
 
 def run_verify(arguments: Arguments) -> None:
@@ -138,7 +168,9 @@ def run_verify(arguments: Arguments) -> None:
 
 
 def add_submit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--submit", type=Path, default=Path("submit"), metavar="DIR", help="default submit")
+    parser.add_argument(
+        "--submit", type=Path, default=Path("submit"), metavar="DIR", help="the result (default submit)"
+    )
 
 
 def add_judge(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +203,9 @@ def run_plot(arguments: Arguments) -> None:
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     add_judge(parser)
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="item files and images/")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, metavar="DIR", help=f"item files and images/ (default {DATA})"
+    )
     parser.add_argument("--run", type=Path, metavar="DIR", help="a training run: adds its curves")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another result of these pairs to compare with")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".html (default SUBMIT/report.html)")
@@ -185,7 +219,9 @@ def run_report(arguments: Arguments) -> None:
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="default runs/demo")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="its folder (default runs/demo)"
+    )
     parser.add_argument("--ablation", action="store_true", help="also train on text alone and on pictures alone")
     add_nproc(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.steps=500")
@@ -197,18 +233,74 @@ def run_demo(arguments: Arguments) -> None:
     demo(arguments.run, arguments.overrides, arguments.ablation, arguments.nproc, main)
 
 
-Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], None]]
-VERBS: dict[str, Verb] = {
-    "weights": ("import a released checkpoint, or fetch a preset's encoders ahead", add_weights, run_weights),
-    "train": ("train a model; the same command resumes", add_train, run_train),
-    "evaluate": ("precision, recall and F1 of a model on labelled pairs", add_evaluate, run_evaluate),
-    "predict": ("write submit/result.jsonl", add_predict, run_predict),
-    "verify": ("predict again from manifest.json and compare to the byte", add_verify, run_verify),
-    "check": ("hold a result against the judges' contract", add_judge, run_check),
-    "score": ("the judges' F1 of a result", add_judge, run_score),
-    "plot": ("draw the scores of same and different pairs of a result", add_plot, run_plot),
-    "report": ("one page of a result: figures, curves, a slider, pairs with pictures", add_report, run_report),
-    "demo": ("the whole job on a sample catalogue, in minutes", add_demo, run_demo),
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the package."""
+
+    about: str
+    example: str
+    """What `./entrypoint.sh` is followed by, once the demo has run."""
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Arguments], None]
+
+
+DEMO_DATA, DEMO_MODEL, SUBMITTED = (
+    "--data runs/demo/data",
+    "--model runs/demo/weights/model.safetensors",
+    "--submit runs/demo/submit",
+)
+PAIRS, ANSWERS = "--pairs runs/demo/data/item_test_pair.jsonl", "--pairs runs/demo/data/item_test_answers.jsonl"
+VERBS = {
+    "settings": Verb(
+        "all settings of a preset, and where each value comes from",
+        "settings --preset demo train.steps=500",
+        add_settings,
+        run_settings,
+    ),
+    "weights": Verb(
+        "import a released checkpoint, or fetch a preset's encoders ahead",
+        "weights --preset small",
+        add_weights,
+        run_weights,
+    ),
+    "train": Verb(
+        "train a model; the same command resumes",
+        f"train --preset demo {DEMO_DATA} --run runs/mine --model runs/mine/model.safetensors train.steps=200",
+        add_train,
+        run_train,
+    ),
+    "evaluate": Verb(
+        "precision, recall and F1 of a model on labelled pairs",
+        f"evaluate {DEMO_DATA} {DEMO_MODEL}",
+        add_evaluate,
+        run_evaluate,
+    ),
+    "predict": Verb(
+        "write submit/result.jsonl",
+        f"predict {DEMO_DATA} {DEMO_MODEL} --submit runs/mine/submit",
+        add_predict,
+        run_predict,
+    ),
+    "verify": Verb(
+        "predict again from manifest.json and compare to the byte",
+        f"verify {DEMO_DATA} {DEMO_MODEL} {SUBMITTED}",
+        add_verify,
+        run_verify,
+    ),
+    "check": Verb("hold a result against the judges' contract", f"check {SUBMITTED} {PAIRS}", add_judge, run_check),
+    "score": Verb("the judges' F1 of a result", f"score {SUBMITTED} {ANSWERS}", add_judge, run_score),
+    "plot": Verb(
+        "draw the scores of same and different pairs of a result", f"plot {SUBMITTED} {ANSWERS}", add_plot, run_plot
+    ),
+    "report": Verb(
+        "one page of a result: figures, curves, a slider, pairs with pictures",
+        f"report {SUBMITTED} {ANSWERS} {DEMO_DATA} --run runs/demo/train",
+        add_report,
+        run_report,
+    ),
+    "demo": Verb(
+        "the whole job on a sample catalogue, in minutes", "demo --run runs/quick train.steps=100", add_demo, run_demo
+    ),
 }
 SCRIPTS = {
     "download": "fetch the organiser's files, or take them from a folder",
@@ -223,7 +315,7 @@ RANKED = ("train", "evaluate", "predict")
 def usage() -> str:
     """What there is, a line a verb."""
     lines = [f"  {name:<12}{text}" for name, text in SCRIPTS.items()]
-    lines += [f"  {name:<12}{verb[0]}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<12}{verb.about}" for name, verb in VERBS.items()]
     lines.append(f"  {'test':<12}the test suite")
     return "\n".join(
         [
@@ -238,6 +330,27 @@ def usage() -> str:
     )
 
 
+def script(name: str) -> ModuleType:
+    """One of data_scripts/, by its verb."""
+    if str(DATA_SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(DATA_SCRIPTS))
+    return importlib.import_module(name)
+
+
+def parser_of(name: str) -> Parser:
+    """The options of a verb. UserError when there is no such verb."""
+    if name in SCRIPTS:
+        found: Parser = script(name).parser()
+        return found
+    if name not in VERBS:
+        hint = nearest(name, [*VERBS, *SCRIPTS, "test"])
+        raise UserError(f"no verb {clip(name)}{hint}; run ./entrypoint.sh to see what there is")
+    verb = VERBS[name]
+    parser = Parser(name, verb.about, f"./entrypoint.sh {verb.example}")
+    verb.add_options(parser)
+    return parser
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one verb; exit code 0, or an exception."""
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -245,21 +358,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, *rest = argv
     if name in SCRIPTS:
-        sys.path.insert(0, str(DATA_SCRIPTS))
-        return int(importlib.import_module(name).main(rest))
-    if name not in VERBS:
-        near = difflib.get_close_matches(name, [*VERBS, *SCRIPTS, "test"], n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"no verb {name!r}{hint}; run ./entrypoint.sh to see what there is")
-    description, add_options, run = VERBS[name]
-    parser = Parser(prog=f"./entrypoint.sh {name}", description=description, allow_abbrev=False)
-    add_options(parser)
+        return int(script(name).main(rest))
+    parser = parser_of(name)
     arguments = parser.parse_intermixed_args(rest)
     if name in RANKED and (count := num_ranks(arguments.nproc)) > 1:
         from tongkuan.distributed import launch
 
         return launch(count, argv)
-    run(arguments)
+    VERBS[name].run(arguments)
     return 0
 
 

@@ -3,7 +3,8 @@
 The resolved settings travel in the checkpoint; `predict` reads the model's from there and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ Scalar = bool | int | float | str
 class Section(pydantic.BaseModel):
     """A group of settings; unknown keys are errors, never ignored."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class TextEncoder(Section):
@@ -102,6 +103,7 @@ class TrainSettings(Section):
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-6
+    """Adam's, at its peak."""
     image_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of the image encoders; learning_rate when empty."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -117,14 +119,17 @@ class TrainSettings(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
     """L2, added to the gradient as Adam does."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """Adam's, of the two moments."""
     clip_norm: Annotated[float, Field(gt=0)] = 0.5
     """Largest gradient norm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of weights that start at random, of the order of the pairs, dropout and augmentation."""
     validate_every: Positive = 2_000
     """Steps between validations; the last step always validates."""
     save_every: Positive = 2_000
     """Steps between checkpoints for resuming."""
     log_every: Positive = 50
+    """Steps between rows of metrics.jsonl."""
     augmentation: Augmentation = Augmentation()
 
 
@@ -152,11 +157,30 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
 
 
+Origins = dict[tuple[str, ...], str]
+"""Where values come from (`FILE:LINE` or an override), by their keys' path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings, and what was said of them where."""
+
+    settings: Settings
+    values: Mapping[str, Any]
+    """As written: what is not here is a default."""
+    origins: Origins
+
+
 def load_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
     """Settings of a preset (a name, or a YAML file's path) with overrides `section.key=value` on top.
 
     Raises UserError listing every problem: unknown keys with the nearest name, wrong types and ranges.
     """
+    return resolve(preset, overrides).settings
+
+
+def resolve(preset: str, overrides: Sequence[str] = ()) -> Resolved:
+    """load_settings, with the origin of each value."""
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESET_DIR / f"{preset}.yaml"
     try:
         with path.open("rb") as file:
@@ -177,14 +201,41 @@ def load_settings(preset: str, overrides: Sequence[str] = ()) -> Settings:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections model, train, data; found {clip(values)}")
-    origins: dict[tuple[str, ...], str] = {}
+    origins: Origins = {}
     for loc, line_number in key_lines(root):
         if loc in origins:
             raise UserError(f"{path}:{line_number}: {clip('.'.join(loc))} stands here twice; keep one")
         origins[loc] = f"{path}:{line_number}"
     for override in overrides:
-        origins |= apply_override(values, override)
-    return validate(values, origins, str(path))
+        keys, origin = apply_override(values, override)
+        # What the file said of parts of this value holds no longer.
+        origins = {loc: source for loc, source in origins.items() if loc[: len(keys)] != keys} | {keys: origin}
+    return Resolved(validate(values, origins, str(path)), values, origins)
+
+
+def describe(resolved: Resolved) -> str:
+    """The settings as YAML, which is a preset again, each value with its origin beside it."""
+    width = 50
+
+    def lines(values: Mapping[str, Any], said: Any, prefix: tuple[str, ...]) -> Iterator[str]:
+        for key, value in values.items():
+            loc, indent = (*prefix, key), "  " * len(prefix)
+            is_said = isinstance(said, Mapping) and key in said
+            if isinstance(value, dict) and value:
+                yield f"{indent}{key}:"
+                yield from lines(value, said[key] if is_said else None, loc)
+                continue
+            style = None if isinstance(value, list) else False
+            text = yaml.safe_dump({key: value}, default_flow_style=style, allow_unicode=True, width=10**6).strip()
+            origin = (origin_of(resolved.origins, loc) or "default") if is_said else "default"
+            yield f"{indent + text:<{width}}  # {origin.removeprefix(f'{PRESET_DIR}/')}"
+
+    return "\n".join(lines(resolved.settings.model_dump(mode="json"), resolved.values, ()))
+
+
+def origin_of(origins: Origins, loc: tuple[str, ...]) -> str | None:
+    """Of a value, or of the nearest section around it that came from one place."""
+    return next((origins[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origins), None)
 
 
 class Loader(yaml.SafeLoader):
@@ -231,8 +282,8 @@ def key_lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> list[tupl
     return lines
 
 
-def apply_override(values: dict[str, Any], override: str) -> dict[tuple[str, ...], str]:
-    """Set `section.key=value` in `values`; returns where that value came from, for error lines."""
+def apply_override(values: dict[str, Any], override: str) -> tuple[tuple[str, ...], str]:
+    """Set `section.key=value` in `values`; returns its keys and its origin, for error lines."""
     name, separator, text = override.partition("=")
     keys = tuple(name.split("."))
     if not separator or not all(keys) or len(keys) < 2:
@@ -247,10 +298,10 @@ def apply_override(values: dict[str, Any], override: str) -> dict[tuple[str, ...
             raise UserError(f"{clip(override)}: {key} is a value, not a section; name one of its neighbours")
         section = section[key]
     section[keys[-1]] = value
-    return {keys: f"override {clip(override)}"}
+    return keys, f"override {clip(override)}"
 
 
-def validate(values: dict[str, Any], origins: dict[tuple[str, ...], str], source: str) -> Settings:
+def validate(values: dict[str, Any], origins: Origins, source: str) -> Settings:
     """Typed settings, or a UserError with one line a problem."""
     try:
         settings = Settings.model_validate(values)
@@ -258,7 +309,7 @@ def validate(values: dict[str, Any], origins: dict[tuple[str, ...], str], source
         problems = []
         for problem in error.errors(include_url=False):
             loc = tuple(str(part) for part in problem["loc"])
-            where = next((origins[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origins), source)
+            where = origin_of(origins, loc) or source
             name = clip(".".join(loc), 120)
             if problem["type"] == "extra_forbidden":
                 what = f"unknown setting {name}{nearest(loc[-1], known_keys(loc[:-1]))}; rename or delete it"

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +190,7 @@ def open_store(
     return ItemStore(items, image_dir, settings, tokenizer, cache_mb)
 
 
-def prefetch(jobs: Iterable[T], work: Callable[[T], U], workers: int) -> Iterator[U]:
+def prefetch(jobs: Iterable[T], work: Callable[[T], U], workers: int) -> Generator[U]:
     """work(job) for each job, in order, computed ahead by threads; no more than 2 x workers results wait."""
     with ThreadPoolExecutor(workers, thread_name_prefix="prefetch") as pool:
         waiting: deque[Future[U]] = deque()

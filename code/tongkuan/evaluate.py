@@ -63,6 +63,7 @@ def evaluate(
         print(warning)
     if complaint := store.complaint():
         print(complaint)
+    print(f"next: ./entrypoint.sh predict --data {data_dir} --model {model_path}")
 
 
 def differences(scores: Scores, exact: Scores, threshold: float, precision: Precision) -> str:

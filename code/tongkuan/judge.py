@@ -150,6 +150,7 @@ def score(submit_dir: Path, pairs_path: Path) -> float:
     scores, labels, thresholds = judged(submit_dir, pairs_path)
     quality = quality_at(scores, labels, thresholds)
     print(f"{quality} on {len(scores)} pairs")
+    print(f"next: ./entrypoint.sh report --submit {submit_dir} --pairs {pairs_path}")
     return quality.f1
 
 

@@ -45,6 +45,7 @@ def plot(submit_dir: Path, pairs_path: Path, out: Path) -> None:
     with publish(out) as file:
         file.write(vl_convert.svg_to_png(svg, scale=2) if out.suffix == ".png" else svg.encode())
     print(f"{out}: {quality_at(scores, labels, thresholds)} on {len(scores)} pairs")
+    print(f"next: ./entrypoint.sh report --submit {submit_dir} --pairs {pairs_path}")
 
 
 def draw(scores: Scores, labels: Labels, thresholds: Scores) -> str:

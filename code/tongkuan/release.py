@@ -295,3 +295,4 @@ def fetch_encoders(preset: str, overrides: Sequence[str] = ()) -> None:
             print(f"{weights}: now in {fetch(place)}")
         else:
             print(f"{weights}: {f'present in {place}' if place else 'nothing to fetch'}")
+    print(f"next: ./entrypoint.sh train --preset {preset}")

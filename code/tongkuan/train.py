@@ -7,7 +7,7 @@ Run the same command again after an interruption: it goes on from the last check
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,16 @@ def parts(task: Task, settings: TrainSettings, fellows: Ranks, first_step: int) 
 
 
 Loaded = tuple[Part, Batch, Tensor]
+
+
+def load_parts(task: Task, settings: Settings, fellows: Ranks, first_step: int) -> Generator[Loaded]:
+    """`parts` with their items as tensors and their labels, decoded ahead."""
+
+    def load(part: Part) -> Loaded:
+        batch = task.train_store.batch(part.item_ids)
+        return part, batch.pin() if fellows.device.type == "cuda" else batch, torch.from_numpy(labels_of(part.pairs))
+
+    return prefetch(parts(task, settings.train, fellows, first_step), load, settings.data.workers)
 
 
 def validate(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run: Run, step: int) -> None:
@@ -323,11 +333,7 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
     done = run.resume(model, learner.optimizer, learner.scaler)
     model.train()
 
-    def load(part: Part) -> Loaded:
-        batch = task.train_store.batch(part.item_ids)
-        return part, batch.pin() if fellows.device.type == "cuda" else batch, torch.from_numpy(labels_of(part.pairs))
-
-    loaded = prefetch(parts(task, options, fellows, done), load, settings.data.workers)
+    loaded = load_parts(task, settings, fellows, done)
     pairs = options.pairs
     quiet = None if fellows.is_first else True
     with tqdm(total=options.steps * pairs, initial=done * pairs, desc="train", unit="pair", disable=quiet) as progress:

@@ -51,6 +51,7 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
         rebuilt = read_manifest(Path(folder) / "manifest.json")
     if rebuilt["sha256"]["result"] == manifest["sha256"]["result"]:
         print(f"{result}: rebuilt to the byte, sha256 {manifest['sha256']['result']}")
+        print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {files['pairs']}")
         return
     raise UserError(f"{result}: rebuilt otherwise; {explain(manifest, rebuilt)}")
 
