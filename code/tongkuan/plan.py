@@ -89,7 +89,7 @@ def plan_prediction(data_dir: Path, split: str, model_path: Path, settings: Data
     if not fellows.is_first:
         return
     text = float(np.mean([len(format_embedding(numbers)) for numbers in embeddings.values()]))
-    bare = float(np.mean([len(prediction_row(p.left, "", p.right, "", card.threshold)) for p in pairs[:1000]]))
+    bare = float(np.mean([len(prediction_row(p.left, b"", p.right, b"", card.threshold)) for p in pairs[:1000]]))
     size = len(pairs) * (bare + 2 * text)
     held = len(item_ids) * (8 * card.settings.embedding_size + text)
     lines = [
