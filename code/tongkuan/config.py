@@ -102,6 +102,8 @@ class TrainSettings(Section):
     """Arithmetic of the encoders; weights and loss stay fp32. fp16 is for GPUs: a CPU takes ten times as long."""
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
+    threads: Positive | None = None
+    """Of a rank on a CPU; empty: its share of the cores. Their number changes the last bits of the weights."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-6
     """Adam's, at its peak."""
     image_learning_rate: Annotated[float, Field(gt=0)] | None = None

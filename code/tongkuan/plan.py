@@ -44,6 +44,8 @@ def plan_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     task, options = load_task(settings, data_dir), settings.train
     with ranks() as fellows:
         check_batch(options, fellows)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         model = build(settings.model, task.card.text_config, pretrained=True).to(fellows.device)
         if options.checkpoint_activations:

@@ -226,6 +226,8 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
     task = load_task(settings, data_dir)
     with ranks() as fellows:
         check_batch(settings.train, fellows)
+        if settings.train.threads is not None:
+            torch.set_num_threads(settings.train.threads)
         torch.manual_seed(settings.train.seed)
         model = build(settings.model, task.card.text_config, pretrained=True).to(fellows.device)
         if settings.train.checkpoint_activations:
