@@ -152,6 +152,16 @@ def test_the_readme_has_every_option_of_every_verb() -> None:
     assert table in README, f"the README's table of options is to be\n{table}"
 
 
+def test_the_errors_that_the_readme_explains_are_those_that_are_printed() -> None:
+    section = README.partition("## When something is wrong")[2].partition("\n## ")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    printed = [*TOP.glob("code/tongkuan/*.py"), *TOP.glob("data_scripts/*.py"), TOP / "entrypoint.sh"]
+    # A message may be written over two lines.
+    source = re.sub(r'"\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in printed))
+    assert len(quoted) > 5
+    assert [text for text in quoted if text not in source] == []
+
+
 def options_row(verb: str) -> str:
     """A line of the README's table."""
     shown = []
