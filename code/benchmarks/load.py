@@ -76,6 +76,10 @@ class Watched:
     shown: list[tuple[float, float]] = field(default_factory=list)
     """(seconds since the start, share of the items shown as done)."""
 
+    def encoding(self) -> float:
+        """Seconds from the first to the last batch."""
+        return self.shown[-1][0] - self.shown[0][0]
+
     def progress_error(self) -> float:
         """Largest distance between the share shown and the share of the encoding time that had passed."""
         times, shares = np.array(self.shown).T
@@ -134,7 +138,7 @@ def main() -> None:
         (folder / "whole/result.jsonl").unlink()
         print(
             f"{arguments.pairs:,} pairs of {arguments.items:,} items: {whole.seconds:.0f} s, "
-            f"peak {whole.peak / 2**30:.2f} GiB, result {size / 1e9:.2f} GB; the progress shown was off by at most {whole.progress_error():.1%}",
+            f"{whole.encoding():.0f} of them encoding, peak {whole.peak / 2**30:.2f} GiB, result {size / 1e9:.2f} GB; the progress shown was off by at most {whole.progress_error():.1%}",
             flush=True,
         )
         cache = ("--cache", folder / "cache")
@@ -143,7 +147,7 @@ def main() -> None:
         is_same = sha256_of(folder / "again/result.jsonl") == digest
         print(
             f"with a cache: killed at 50 % after {killed.seconds:.0f} s, the same command then took "
-            f"{resumed.seconds:.0f} s; peak {resumed.peak / 2**30:.2f} GiB; same bytes: {is_same}"
+            f"{resumed.seconds:.0f} s, {resumed.encoding():.0f} of them encoding; peak {resumed.peak / 2**30:.2f} GiB; same bytes: {is_same}"
         )
 
 
