@@ -137,8 +137,9 @@ def main() -> None:
         digest = sha256_of(folder / "whole/result.jsonl")
         (folder / "whole/result.jsonl").unlink()
         print(
-            f"{arguments.pairs:,} pairs of {arguments.items:,} items: {whole.seconds:.0f} s, "
-            f"{whole.encoding():.0f} of them encoding, peak {whole.peak / 2**30:.2f} GiB, result {size / 1e9:.2f} GB; the progress shown was off by at most {whole.progress_error():.1%}",
+            f"{arguments.pairs:,} pairs of {arguments.items:,} items: {whole.seconds:.0f} s, {whole.encoding():.0f} of "
+            f"them encoding, peak {whole.peak / 2**30:.2f} GiB, result {size / 1e9:.2f} GB; the progress shown was off "
+            f"by at most {whole.progress_error():.1%}",
             flush=True,
         )
         cache = ("--cache", folder / "cache")
@@ -147,7 +148,8 @@ def main() -> None:
         is_same = sha256_of(folder / "again/result.jsonl") == digest
         print(
             f"with a cache: killed at 50 % after {killed.seconds:.0f} s, the same command then took "
-            f"{resumed.seconds:.0f} s, {resumed.encoding():.0f} of them encoding; peak {resumed.peak / 2**30:.2f} GiB; same bytes: {is_same}"
+            f"{resumed.seconds:.0f} s, {resumed.encoding():.0f} of them encoding; peak {resumed.peak / 2**30:.2f} GiB; "
+            f"same bytes: {is_same}"
         )
 
 
