@@ -18,7 +18,7 @@ import numpy as np
 from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from tongkuan.files import UserError
+from tongkuan.files import PICTURE_FORMATS, UserError
 
 MAX_PIXELS = 100_000_000
 TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels"
@@ -28,8 +28,6 @@ MAX_NAME = 200  # bytes of UTF-8; file systems stop at 255
 # the full decode is then at most 0.92 grey levels, on white noise; 0.45 on noisy shapes. At 2 times noise is 3.6 off.
 ROOM = 4
 ENOUGH_ROWS = 0.5  # a truncated picture is kept when at least this share of its rows was decoded
-# Only decoders that stay inside the process: Pillow hands EPS, for one, to Ghostscript.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "ICO", "PPM", "JPEG2000")
 
 
 class UnreadableError(Exception):
@@ -246,7 +244,7 @@ def decode(data: bytes, least: int | None = None) -> tuple[Image.Image, int, int
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on odd metadata and on sizes, which are checked below
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UnreadableError(TOO_LARGE, width, height)

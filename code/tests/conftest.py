@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # worlds.py, scripts.py
+sys.path.insert(0, str(Path(__file__).parent))  # worlds.py, browsers.py, scripts.py
 
+from browsers import launch
 from worlds import make_data, tiny_settings
 
 
@@ -35,3 +37,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A browser of the tests' own."""
+    driver = launch(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()

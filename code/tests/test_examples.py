@@ -168,7 +168,10 @@ def options_row(verb: str) -> str:
     for action in parser_of(verb)._actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        value = f" {action.metavar or '|'.join(map(str, action.choices or ()))}" if action.nargs != 0 else ""
+        names = (
+            action.metavar if isinstance(action.metavar, tuple) else [action.metavar or "|".join(action.choices or ())]
+        )
+        value = f" {' '.join(names)}" if action.nargs != 0 else ""
         name = f"`{action.option_strings[0]}{value}`" if action.option_strings else f"`{action.metavar}`"
         shown.append(f"{name} {action.help}".replace("|", "\\|"))
     return f"| `{verb}` | {'; '.join(shown) or 'none'} |"

@@ -14,12 +14,13 @@ LAYERS = [
     {"cache"},
     {"encode"},
     {"memory"},
-    {"evaluate", "train", "predict", "judge", "plot", "report", "demo", "release", "verify"},
+    {"evaluate", "train", "predict", "judge", "plot", "report", "explain", "demo", "release", "verify"},
     {"plan"},
     {"__main__"},
 ]
 # Within a line: config needs the records' key list, data and checkpoint the model, train what evaluate shares,
-# plot, report and demo what the judges compute, report also the bars of plot, verify what predict does.
+# plot, report and demo what the judges compute, report also the bars of plot, explain the page of report,
+# verify what predict does.
 NEIGHBOURS = {
     ("config", "records"),
     ("data", "model"),
@@ -28,6 +29,7 @@ NEIGHBOURS = {
     ("plot", "judge"),
     ("report", "judge"),
     ("report", "plot"),
+    ("explain", "report"),
     ("demo", "judge"),
     ("verify", "predict"),
 }

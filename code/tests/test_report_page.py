@@ -1,33 +1,17 @@
-"""The page of `report` in a real browser: Chromium without a window, driven by selenium.
+"""The page of `report` in a real browser."""
 
-Debian: apt-get install chromium chromium-driver. Without a browser or selenium these tests fail, they are not skipped.
-"""
-
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browsers import assert_accessible, assert_quiet, emulate, opened
 from report_worlds import CLOSING, IMAGE, SCRIPT, World, make_world
 
 from tongkuan.metrics import quality_at
 from tongkuan.report import report
 
 pytestmark = pytest.mark.slow
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 # One turn of the slider as a reader has it: from the input event to what follows the next frame.
 TURN = """
 const [place, done] = arguments, slider = document.getElementById("slider"), start = performance.now();
@@ -38,55 +22,12 @@ requestAnimationFrame(() => setTimeout(() => done(performance.now() - start), 0)
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A Chromium of our own, logging its console and every request."""
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(programs) or find_spec("selenium") is None:
-        pytest.fail("needs chromium, chromium-driver (Debian packages) and selenium (PyPI)")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(programs[0])
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(programs[1])))
-    driver.set_script_timeout(60)
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A small result and its page."""
     made = make_world(tmp_path_factory.mktemp("world"))
     other = make_world(tmp_path_factory.mktemp("other"), threshold=-1.0)
     report(made.submit, made.pairs, made.data, made.submit / "report.html", against_dir=other.submit)
     return made
-
-
-def emulate(browser: Any, width: int = 1400, is_dark: bool = False) -> None:
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-
-
-def opened(browser: Any, page: Path) -> float:
-    """Open a page from the disk and wait until all is drawn: seconds since navigation began."""
-    for log in ("browser", "performance"):
-        browser.get_log(log)  # empties it
-    browser.get(page.as_uri())
-    until(lambda: browser.execute_script("return document.documentElement.dataset.charts === 'ready'"))
-    return float(browser.execute_script("return performance.now()")) / 1000
-
-
-def until(holds: Callable[[], Any], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "the page did not get there"
-        time.sleep(0.01)
 
 
 def text(browser: Any, selector: str) -> str:
@@ -120,17 +61,6 @@ def assert_figures(browser: Any, world: World) -> float:
     assert sum(int(row[3].replace(",", "")) for row in rows) == quality.false_positives
     assert sum(int(row[4].replace(",", "")) for row in rows) == quality.false_negatives
     return threshold
-
-
-def assert_quiet(browser: Any, page: Path) -> None:
-    """Nothing on the console, nothing asked of any host, nothing that a title brought has run."""
-    assert browser.get_log("browser") == []
-    asked = [
-        entry["message"] for entry in browser.get_log("performance") if "Network.requestWillBeSent" in entry["message"]
-    ]
-    outside = [message for message in asked if page.as_uri() not in message and '"url":"data:' not in message]
-    assert outside == []
-    assert browser.execute_script("return document.querySelectorAll('img[src=x], script').length") == 4
 
 
 def test_the_slider_moves_every_figure_as_python_computes_them(browser: Any, world: World) -> None:
@@ -209,22 +139,7 @@ def test_all_is_reached_and_moved_by_the_keyboard_alone(browser: Any, world: Wor
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 def test_axe_finds_no_violation(browser: Any, world: World, width: int, is_dark: bool) -> None:
-    found = find_spec("axe_playwright_python")
-    if found is None or found.origin is None:
-        pytest.fail("needs axe-playwright-python (PyPI), for its copy of axe-core")
-    script = Path(found.origin).parent / "axe.min.js"
-    emulate(browser, width, is_dark)
-    opened(browser, world.submit / "report.html")
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    # Parts out of sight are laid out too, or axe would not look at them.
-    browser.execute_script(
-        "for (const s of document.querySelectorAll('section')) s.style.contentVisibility = 'visible'"
-    )
-    browser.execute_script(script.read_text(encoding="utf-8"))
-    result = browser.execute_async_script("axe.run().then(arguments[arguments.length - 1])")
-    assert [(v["id"], v["nodes"][0]["html"][:200]) for v in result["violations"]] == []
-    assert len(result["passes"]) > 20
-    emulate(browser)
+    assert_accessible(browser, world.submit / "report.html", width, is_dark)
 
 
 def test_twenty_thousand_pairs_load_and_answer_quickly(browser: Any, tmp_path: Path) -> None:

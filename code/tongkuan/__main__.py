@@ -218,6 +218,32 @@ def run_report(arguments: Arguments) -> None:
     report(arguments.submit, arguments.pairs, arguments.data, out, arguments.run, arguments.against)
 
 
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    help_of_pair = "two item_ids (default: the split's first pair)"
+    parser.add_argument("--pair", nargs=2, metavar=("A", "B"), help=help_of_pair)
+    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"items and images/ (default {DATA})")
+    parser.add_argument("--split", default="test", metavar="S", help="which item file (default test)")
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the model (default {MODEL})")
+    parser.add_argument("--threshold", type=float, metavar="T", help="instead of the model's own")
+    parser.add_argument("--grid", type=int, default=8, metavar="N", help="N x N patches of a picture (default 8)")
+    out = Path("submit/explain.html")
+    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"the page (default {out})")
+
+
+def run_explain(arguments: Arguments) -> None:
+    from tongkuan.explain import explain
+
+    explain(
+        arguments.pair,
+        arguments.data,
+        arguments.split,
+        arguments.model,
+        arguments.out,
+        arguments.threshold,
+        grid=arguments.grid,
+    )
+
+
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="its folder (default runs/demo)"
@@ -297,6 +323,12 @@ VERBS = {
         f"report {SUBMITTED} {ANSWERS} {DEMO_DATA} --run runs/demo/train",
         add_report,
         run_report,
+    ),
+    "explain": Verb(
+        "one page of a pair: what its verdict rests on, by taking parts away",
+        f"explain {DEMO_DATA} {DEMO_MODEL} --out runs/mine/explain.html",
+        add_explain,
+        run_explain,
     ),
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes", "demo --run runs/quick train.steps=100", add_demo, run_demo

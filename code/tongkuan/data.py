@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tongkuan.config import Augmentation, ImageEncoder, ModelSettings, TextEncoder
-from tongkuan.files import UserError
+from tongkuan.files import PICTURE_FORMATS, UserError
 from tongkuan.model import locate, unreachable
 from tongkuan.records import Item, item_text
 
@@ -81,7 +81,7 @@ def build_tokenizer(settings: TextEncoder, texts: Iterable[str]) -> Tokenizer:
 
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     """A picture squashed to (3, size, size), bicubic, RGB."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
         rgb = image.convert("RGB")
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
@@ -124,12 +124,13 @@ class ItemStore:
         if self.tokenizer is None:
             return [[] for _ in item_ids]
         new = [item_id for item_id in item_ids if item_id not in self._tokens]
-        texts = [
-            item_text(self.items[item_id], self.settings.attribute_keys, self.settings.attributes) for item_id in new
-        ]
-        for item_id, encoding in zip(new, self.tokenizer.encode_batch(texts), strict=True):
+        for item_id, encoding in zip(new, self.tokenizer.encode_batch([*map(self.text, new)]), strict=True):
             self._tokens[item_id] = encoding.ids
         return [self._tokens[item_id] for item_id in item_ids]
+
+    def text(self, item_id: str) -> str:
+        """What is read of the item."""
+        return item_text(self.items[item_id], self.settings.attribute_keys, self.settings.attributes)
 
     def picture(self, item_id: str) -> str:
         """Name of the item's picture file, empty when it has none or the model looks at none."""

@@ -52,7 +52,7 @@ def report(
     }
     data = content.data(subject, shown)
     data["charts"] |= {f"training-{number}": chart for number, (_, chart) in enumerate(curves)}
-    page = render(facts | {"num_pictured": len(shown)}, data, images)
+    page = render("page.html.j2", facts | {"num_pictured": len(shown)}, data, images)
     with publish(out) as file:
         file.write(page)
     quality = quality_at(result.scores, result.labels, result.thresholds)

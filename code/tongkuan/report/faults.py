@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from tongkuan.files import PICTURE_FORMATS
 from tongkuan.processor import available_cores
 from tongkuan.records import Item, Pair, components, item_file, pair_file, read_items, read_pairs
 from tongkuan.report.views import UNREADABLE, Pictures
@@ -90,7 +91,7 @@ def shortest_way(start: str, end: str, neighbours: Mapping[str, Iterable[str]]) 
 def thumbnail(path: Path) -> NDArray[np.float32] | None:
     """float32 (THUMBNAIL * THUMBNAIL * 3,), 0 to 255, None when the picture cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
             image.draft("RGB", (8 * THUMBNAIL, 8 * THUMBNAIL))  # lets the decoder leave out what is not needed
             small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     except UNREADABLE:

@@ -13,10 +13,14 @@ function unpacked(text, type) {
   return text === null ? null : new TYPES[type](bytesOf(text).buffer);
 }
 
-async function readData() {
+async function unzipped() {
   const packed = bytesOf(document.getElementById("data").textContent.trim());
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const data = JSON.parse(await new Response(stream).text());
+  return JSON.parse(await new Response(stream).text());
+}
+
+async function readData() {
+  const data = await unzipped();
   for (const [name, type] of [
     ["left", "i32"], ["right", "i32"], ["labels", "u8"], ["axis", "f64"], ["scores", "f64"], ["thresholds", "f64"],
     ["commodity", "f32"], ["adaptive", "f32"], ["lacking", "u8"], ["changed", "u8"],

@@ -19,7 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 HERE = Path(__file__).parent
-SCRIPTS = ("numbers.js", "charts.js", "pairs.js", "page.js")
+SHARED = ("numbers.js", "charts.js", "pairs.js")
+SCRIPTS = {"page.html.j2": "page.js", "explain.html.j2": "explain.js"}
 SLIDER_STEPS = 1000
 POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -54,16 +55,16 @@ def script_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def render(facts: Mapping[str, Any], data: Mapping[str, Any], pictures: Mapping[int, str]) -> bytes:
-    """The page: `facts` go into the template, `data` and `pictures` (base64 by item's number) to the scripts."""
+def render(template: str, facts: Mapping[str, Any], data: Mapping[str, Any], pictures: Mapping[int, str]) -> bytes:
+    """A page: `facts` go into the template, `data` and `pictures` (base64 by item's number) to its scripts."""
     library = vl_convert.javascript_bundle(
         "window.vegaEmbed = vegaEmbed;", vl_version=alt.SCHEMA_VERSION.rpartition(".")[0]
     )
-    own = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    own = "".join((HERE / name).read_text(encoding="utf-8") for name in (*SHARED, SCRIPTS[template]))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("page.html.j2").render(
+    page = environment.get_template(template).render(
         **facts,
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         library=library,

@@ -100,6 +100,7 @@ function figure(name, value, digits = 4) {
 function verdictOf(data, pair, isCalled) {
   const isSame = data.labels[pair] === 1;
   const words = isCalled ? "called the same" : "called different";
+  if (data.labels[pair] === null) return element("span", { class: "verdict" }, `${words}; no label`);
   const truth = isSame ? "labelled the same" : "labelled different";
   const isRight = isCalled === isSame;
   const text = isRight ? `✓ ${words}, rightly` : `✗ ${words}, ${truth}`;

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from tongkuan.files import PICTURE_FORMATS
 from tongkuan.records import TEN_KEYS, AttributeStyle, Item, Pair, attributes_of, normalise
 from tongkuan.report.result import Result
 
@@ -76,7 +77,7 @@ class Pictures:
         if path is None:
             return ""
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=PICTURE_FORMATS) as image:
                 image.draft("RGB", (PICTURE_SIDE, PICTURE_SIDE))
                 small = image.convert("RGB")
         except UNREADABLE:
