@@ -80,6 +80,12 @@ def test_a_picture_that_cannot_be_read_counts_as_blank_and_is_told_of(tmp_path: 
     assert store.complaint().startswith("2 pictures are missing or unreadable")
 
 
+def test_pictures_of_formats_that_nobody_hands_out_are_not_opened(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "odd.jpg", "PCX")
+    store = ItemStore({"a": Item("a", image_name="odd.jpg")}, tmp_path, tiny_settings(tmp_path).model, None)
+    assert store.image("a") is None and store.unreadable == {"odd.jpg"}
+
+
 def test_a_folder_without_pictures_is_an_error_before_any_work(tmp_path: Path) -> None:
     items = {"a": Item("a", image_name="a.jpg")}
     with pytest.raises(UserError, match="images: no such folder"):

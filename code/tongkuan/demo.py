@@ -18,7 +18,7 @@ INPUTS = {"both": "text and picture", "text": "text alone", "image": "picture al
 
 
 def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: int | None, run_verb: Verb) -> None:
-    """Sample data -> resize -> split -> train -> predict -> check -> score -> plot, in `run_dir`; prints each."""
+    """Sample data -> resize -> split -> train -> predict -> check -> score -> plot -> report, in `run_dir`; prints each."""
     started = time.monotonic()
     raw, data = run_dir / "raw", run_dir / "data"
     ranks = ["--nproc", str(nproc or torch.cuda.device_count() or RANKS)]
@@ -49,6 +49,8 @@ def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: in
         announce("score", "--submit", submit, "--pairs", answers)
         figures[INPUTS[inputs]] = score(submit, answers)
         step("plot", "--submit", submit, "--pairs", answers)
+        step("report", "--submit", submit, "--pairs", answers, "--data", data, "--run", folder / "train")
     print(f"\ndone in {time.monotonic() - started:.0f} s; F1 on products never trained on:")
     for name, f1 in figures.items():
         print(f"  {name:<18}{f1:.4f}")
+    print(f"next: open {run_dir / 'submit' / 'report.html'} in a browser")
