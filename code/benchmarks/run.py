@@ -27,9 +27,18 @@ from turns import in_turn, report
 
 from tongkuan.checkpoint import ModelCard, save_model
 from tongkuan.config import DataSettings, Precision
-from tongkuan.data import ItemStore, character_tokenizer
+from tongkuan.data import ItemStore, character_tokenizer, normalised
 from tongkuan.distributed import Ranks
-from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, length_batches, settle
+from tongkuan.encode import (
+    Embeddings,
+    autocast,
+    batch_size,
+    distinct_items,
+    encode,
+    length_batches,
+    one_thread_each,
+    settle,
+)
 from tongkuan.model import TwoTowers, build, text_config_of
 from tongkuan.predict import predict, write_result
 from tongkuan.processor import available_cores
@@ -162,8 +171,13 @@ def profile_predict(made: World, precision: Precision, folder: Path) -> None:
     limit, rate = multiply_rate(dtype), flops_of(made) / (spent["encoders"] / lanes) / 1e9
     print(f"encoders: {spent['encoders'] / lanes / wall:.0%} of the wall time of {lanes} cores, ", end="")
     print(f"{rate:.0f} GFLOP/s, {rate / limit:.0%} of a {precision} matrix multiplication's {limit:.0f}")
-    with profile(activities=[ProfilerActivity.CPU]) as operators:
-        made.ours(model, folder / "ours", precision)
+    ids = length_batches(store, item_ids, batch_size(DataSettings(), world.SETTINGS, ALONE.device))[0]
+    batch = store.batch(ids)
+    # In this thread: the profiler does not see those that were started before it.
+    with one_thread_each(), torch.inference_mode(), autocast(ALONE.device, precision):
+        images = normalised(batch, world.SETTINGS.image)
+        with profile(activities=[ProfilerActivity.CPU]) as operators:
+            model(images, batch.ids, batch.mask)
     for line in operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=12).splitlines()[:16]:
         print(line[:100].rstrip())
 

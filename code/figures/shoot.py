@@ -1,4 +1,4 @@
-"""Take the README's picture of a page: its top, 1,400 pixels wide, in a palette of 64 colours.
+"""Take the README's picture of a page: its top, 1,400 pixels wide, in a palette of 128 colours.
 
 `PYTHONPATH=code/tests .venv/bin/python code/figures/shoot.py runs/demo/submit/report.html code/figures/report.png`
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 from browsers import emulate, launch, opened, shoot
 from PIL import Image
 
-WIDTH, HEIGHT = 1400, 1330
-COLOURS = 64
+WIDTH, HEIGHT = 1400, 1130
+COLOURS = 128
 
 
 def main() -> None:
