@@ -2,17 +2,16 @@
 
 import argparse
 import importlib
-import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from tongkuan.command import DATA, Parser
-from tongkuan.files import NO_ROOM, FaultError, UserError, is_out_of_memory
+from tongkuan.ending import report_error, stop
+from tongkuan.files import UserError
 from tongkuan.records import clip, nearest
 
 DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
@@ -383,62 +382,13 @@ def num_ranks(asked: int | None) -> int:
     return torch.cuda.device_count()
 
 
-SHORTAGE = {
-    "train": "lower train.pairs or model.image.size, raise train.accumulate, set train.checkpoint_activations=true or "
-    "train.precision=bf16",
-    "predict": "lower --encode-batch, or start fewer ranks with --nproc",
-}
-
-
-def stop(number: int, _frame: object) -> None:
-    """A request to end (as `docker stop` makes) ends like Ctrl-C: temporary files go, then exit 143."""
-    sys.exit(128 + number)
-
-
 def run() -> int:
     """main, with exceptions turned into exit codes: 2 for the user's errors, 1 for ours, 130 and 143 on signals."""
     signal.signal(signal.SIGTERM, stop)
     try:
         return main(sys.argv[1:])
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("tongkuan: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception as error:
-        line, code = describe(error, sys.argv[1]), 2 if isinstance(error, UserError) else 1
-        if not line:
-            traceback.print_exc()
-            line = clip(f"{type(error).__name__}: {error}".splitlines()[0], 300) + "; its traceback stands above"
-            if "TONGKUAN_TELL" not in os.environ:
-                return code
-        tell(line, code)
-        return code
-
-
-def describe(error: Exception, verb: str) -> str:
-    """An error as one line that says what to do; empty for one that is nobody's fault but ours."""
-    if isinstance(error, UserError | FaultError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        advice = "files that were there before are whole; make room and run the same command again"
-        return f"{error.filename or 'no more room'}: {error.strerror}; {advice}"
-    if is_out_of_memory(error):
-        advice = SHORTAGE.get({"evaluate": "predict", "demo": "train"}.get(verb, verb), "give it more")
-        what = clip(str(error).splitlines()[0], 160) if str(error) else "the system gives no more"
-        return "; ".join(["out of memory", what, *getattr(error, "__notes__", []), advice])
-    return ""
-
-
-def tell(line: str, code: int) -> None:
-    """Print an error; as one of several ranks, tell the launcher, which prints the first that it is told."""
-    if "TONGKUAN_TELL" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(int(os.environ["TONGKUAN_TELL"]), f"{code} {line}\n".encode())
-        os._exit(code)  # ending in order would wait for the other ranks
-    # Under torchrun every rank meets the same error; one says so.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"tongkuan: {line}", file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error, sys.argv[1])
 
 
 if __name__ == "__main__":

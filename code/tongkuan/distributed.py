@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from tongkuan.files import FaultError, UserError
 from tongkuan.processor import available_cores
@@ -55,8 +57,8 @@ class Ranks:
     rank: int
     count: int
     device: torch.device
-    store: dist.Store | None = None
-    """Where ranks leave each other words without a device taking part; None for an only rank."""
+    store: Any = None
+    """torch's store, where ranks leave each other words without a device taking part; None for an only rank."""
 
     @property
     def is_first(self) -> bool:
@@ -94,16 +96,16 @@ def ranks() -> Iterator[Ranks]:
         return
     end_with_launcher()
     seconds = seconds_of("TONGKUAN_STUCK_SECONDS")
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
     dist.init_process_group(
         "nccl" if has_gpu else "gloo",
-        store=dist.PrefixStore("ranks", store),
+        store=PrefixStore("ranks", store),
         rank=rank,
         world_size=count,
         timeout=timedelta(seconds=seconds),
     )
     try:
-        yield Ranks(rank, count, device, dist.PrefixStore("stop", store))
+        yield Ranks(rank, count, device, PrefixStore("stop", store))
     except RuntimeError as error:
         if "imed out" in str(error) or "timeout" in str(error).lower():
             setting = "TONGKUAN_STUCK_SECONDS"
@@ -124,8 +126,8 @@ def is_launched() -> bool:
 class StopRequests:
     """SIGTERM and SIGINT while steps are taken: every rank stops after the same step; leaving the block then exits.
 
-    A second signal ends at once, and so does the first one when its step is not saved in TONGKUAN_STOP_SECONDS. A thread
-    sees to that: Python's own handlers wait for the operator that runs, which may be a backward of minutes.
+    A second signal ends at once, and so does the first when its step is not saved within TONGKUAN_STOP_SECONDS. A
+    thread sees to that: Python's own handlers wait for the operator that runs, which may be a backward of minutes.
     """
 
     def __init__(self, fellows: Ranks) -> None:
@@ -145,7 +147,9 @@ class StopRequests:
             self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._handlers:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
@@ -219,12 +223,12 @@ def end_with_launcher() -> None:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `python -m tongkuan ARGUMENTS` on `count` ranks of this machine; 0, or the exit code of the first that failed.
+    """Run `python -m tongkuan ARGUMENTS` on `count` ranks of this machine; the exit code of the whole.
 
-    Then the others are ended, and stderr has the error in a line. SIGTERM and SIGINT go to every rank; 143 and 130.
+    When a rank fails, the others are ended and stderr says why in a line. SIGTERM and SIGINT are passed on to all.
     """
     # Not torchrun's engine: on a second signal it leaves its ranks behind.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "OMP_NUM_THREADS": str(max(1, available_cores() // count)),
         "GLOO_SOCKET_IFNAME": "lo",  # a container without network cannot look up its own name

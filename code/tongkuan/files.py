@@ -47,7 +47,9 @@ def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
             if not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                raise RuntimeError(f"{temporary}: replaced by another file while it was written; that is not on the disk")
+                raise RuntimeError(
+                    f"{temporary}: replaced by another file while it was written; that is not on the disk"
+                )
         temporary.chmod(0o644)
         temporary.replace(path)
         sync_folder(path.parent)
