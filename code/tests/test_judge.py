@@ -1,12 +1,18 @@
 """judge.py: the contract row by row, and the score by a stranger's similarity.py."""
 
 import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
+from commands import environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,7 +171,7 @@ def test_no_process_of_a_similarity_outlives_the_score(
     else:
         with pytest.raises(UserError):
             score(submit, submit.parent / "pairs.jsonl")
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(submit) in read(path)]
+    assert not of_this(submit)
 
 
 def read(path: Path) -> str:
@@ -173,6 +179,31 @@ def read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:  # it has ended meanwhile
         return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_no_process_of_a_similarity_outlives_a_killed_score(submit: Path, whole_group: bool) -> None:
+    (submit / "similarity.py").write_text(HIDE + "while True: time.sleep(1)", encoding="utf-8")
+    words = ["score", "--submit", str(submit), "--pairs", str(submit.parent / "pairs.jsonl")]
+    command = [sys.executable, "-m", "tongkuan", *words]
+    process = subprocess.Popen(command, env=environment(), start_new_session=True)
+    wait_for(lambda: len(of_this(submit)) >= 4)  # score, guard, the stranger's two
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not of_this(submit), 5)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def of_this(submit: Path) -> list[Path]:
+    """Processes that have the folder in their command line."""
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(submit) in read(path)]
 
 
 def has_landlock() -> bool:

@@ -10,7 +10,7 @@ CODE = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"files", "processor"},
     {"records", "config", "distributed", "metrics"},
-    {"command", "model", "data", "checkpoint"},
+    {"command", "ending", "model", "data", "checkpoint"},
     {"cache"},
     {"encode"},
     {"memory"},

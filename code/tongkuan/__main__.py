@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 from tongkuan.command import DATA, Parser
-from tongkuan.files import NO_ROOM, FaultError, UserError
+from tongkuan.ending import report_error, stop
+from tongkuan.files import UserError
 from tongkuan.records import clip, nearest
 
 DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
@@ -414,30 +414,13 @@ def num_ranks(asked: int | None) -> int:
     return torch.cuda.device_count()
 
 
-def stop(number: int, _frame: object) -> None:
-    """A request to end (as `docker stop` makes) ends like Ctrl-C: temporary files go, then exit 143."""
-    sys.exit(128 + number)
-
-
 def run() -> int:
     """main, with exceptions turned into exit codes: 2 for the user's errors, 1 for ours, 130 and 143 on signals."""
     signal.signal(signal.SIGTERM, stop)
     try:
         return main(sys.argv[1:])
-    except (UserError, FaultError) as error:
-        # Every rank meets the same error; one says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"tongkuan: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        advice = "files that were there before are whole; make room and run the same command again"
-        print(f"tongkuan: {error.filename or 'no more room'}: {error.strerror}; {advice}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("tongkuan: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error, sys.argv[1])
 
 
 if __name__ == "__main__":

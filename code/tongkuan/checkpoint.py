@@ -16,7 +16,6 @@ import orjson
 import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from tongkuan.model import TwoTowers, build
 
 FORMAT = "tongkuan-1"
 STATE = {"settings", "step", "model", "optimizer", "scaler", "rng", "losses", "best_f1", "metrics"}  # of last.pt
+DTYPES, BYTES = {torch.float32: "F32", torch.int64: "I64"}, {"F32": 4, "I64": 8}  # by safetensors' names
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +48,33 @@ class ModelCard:
 
 def save_model(path: Path, model: TwoTowers, card: ModelCard) -> None:
     """Publish weights and card. The same weights and card give the same bytes."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with publish(path) as file:
-        save_file(tensors, file.name, metadata=format_card(card))
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    # As safetensors' own writer has them: counters of batch norms, which are int64, go before float32, then by name.
+    names = sorted(state, key=lambda name: (state[name].is_floating_point(), name))
+    layout = {name: (DTYPES[state[name].dtype], state[name].shape) for name in names}
+    write_safetensors(path, card, layout, (state[name].cpu() for name in names))
 
 
 def stream_model(path: Path, card: ModelCard, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor]) -> None:
-    """Publish the bytes that `save_model` would, from float32 tensors that come one at a time, sorted by name.
+    """Publish the bytes that `save_model` would, from float32 tensors that come one at a time, sorted by name."""
+    write_safetensors(path, card, {name: ("F32", shapes[name]) for name in sorted(shapes)}, tensors)
 
-    safetensors' own writers want all tensors in memory at once; of its format a header and the numbers are all there
-    is (https://github.com/huggingface/safetensors#format).
+
+def write_safetensors(
+    path: Path, card: ModelCard, layout: Mapping[str, tuple[str, Sequence[int]]], tensors: Iterable[Tensor]
+) -> None:
+    """Publish tensors that come in the order of `layout`, which has the dtype and shape of each.
+
+    safetensors' own writers want all tensors in memory at once, and put a file of their own in the place of the one
+    that `publish` brings to the disk; of its format a header and the numbers are all there is
+    (https://github.com/huggingface/safetensors#format).
     """
-    layout, end = {}, 0
-    for name in sorted(shapes):
-        start, end = end, end + 4 * math.prod(shapes[name])
-        layout[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [start, end]}
-    header = orjson.dumps({"__metadata__": format_card(card), **layout})
+    header_of: dict[str, Any] = {"__metadata__": format_card(card)}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + BYTES[dtype] * math.prod(shape)
+        header_of[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    header = orjson.dumps(header_of)
     header += b" " * (-len(header) % 8)
     with publish(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -125,6 +136,8 @@ class Run:
         self.losses: list[Tensor] = []  # this rank's since the last row, on its device
         self.last, self.previous = run_dir / "last.pt", run_dir / "previous.pt"
         self.best = run_dir / "best.safetensors"
+        self.owes_validation = False
+        """Whether the run was stopped when the model of its last step was to be validated."""
         self._board: Any = None
 
     @property
@@ -164,10 +177,20 @@ class Run:
         scaler.load_state_dict(state["scaler"])
         set_rng(state["rng"][self.fellows.rank], self.fellows.device)
         self.best_f1, self.metrics = state["best_f1"], state["metrics"]
+        self.owes_validation = state.get("owes_validation", False)
+        if self.fellows.is_first:
+            self.write_metrics()  # killed just after last.pt, a run that is done would never write them
         self.losses = [torch.tensor(loss, device=self.fellows.device) for loss in state["losses"][self.fellows.rank]]
         return int(state["step"])
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        owes_validation: bool = False,
+    ) -> None:
         """Publish last.pt and metrics.jsonl; every rank takes part."""
         rng = self.fellows.gather(get_rng(self.fellows.device))
         losses = self.fellows.gather([float(loss) for loss in self.losses])
@@ -182,14 +205,18 @@ class Run:
                 "losses": losses,
                 "best_f1": self.best_f1,
                 "metrics": self.metrics,
+                "owes_validation": owes_validation,
             }
             if self.last.exists():
                 self.last.replace(self.previous)
             with publish(self.last) as file:
                 torch.save(state, file)
-            with publish(self.run_dir / "metrics.jsonl") as file:
-                file.writelines(orjson.dumps(row) + b"\n" for row in self.metrics)
+            self.write_metrics()
         self.fellows.wait()
+
+    def write_metrics(self) -> None:
+        with publish(self.run_dir / "metrics.jsonl") as file:
+            file.writelines(orjson.dumps(row) + b"\n" for row in self.metrics)
 
     def described(self) -> dict[str, Any]:
         """The settings that decide what is learned, as plain values."""

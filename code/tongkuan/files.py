@@ -1,12 +1,14 @@
 """Files appear whole or not at all: every artefact of this project is written through `publish`."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +16,8 @@ from typing import IO, Any
 PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "ICO", "PPM", "JPEG2000")
 READ_BLOCK = 1 << 20  # bytes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")  # as torch, CUDA and its libraries say it
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.part")  # names of `publish`
 
 
 class UserError(Exception):
@@ -28,22 +32,26 @@ class FaultError(Exception):
 def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success flush, fsync and rename it there, on any error remove it.
 
-    Raises UserError when the folder cannot be written; nothing is left behind.
+    What killed processes left in the folder goes first. Raises UserError when the folder cannot be written; nothing is
+    left behind.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        sweep(path.parent.resolve())
+        lock, temporary = make_temporary(path)
     except OSError as error:
         raise unwritable(path.parent, error) from error
-    os.close(descriptor)
-    temporary = Path(name)
     try:
         encoding = None if "b" in mode else "utf-8"
         with temporary.open(mode, encoding=encoding, newline=None if encoding is None else "\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                raise RuntimeError(
+                    f"{temporary}: replaced by another file while it was written; that is not on the disk"
+                )
         temporary.chmod(0o644)
         temporary.replace(path)
         sync_folder(path.parent)
@@ -53,6 +61,32 @@ def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         if number := no_room(error):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
+    finally:
+        os.close(lock)
+
+
+def make_temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, and a descriptor that holds its lock: as long as it is open, nobody sweeps the file."""
+    while True:
+        lock, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with suppress(OSError):  # a file system without locks; there nothing is swept either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return lock, Path(name)
+        os.close(lock)  # swept by another process before it was locked
+
+
+@cache  # once a process: a folder may hold many thousands of files
+def sweep(folder: Path) -> None:
+    """Delete the temporary files of killed processes from `folder`. A living one's are locked, and stay."""
+    for path in [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]:
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def no_room(error: BaseException) -> int:
@@ -63,6 +97,11 @@ def no_room(error: BaseException) -> int:
     if named and int(named[1]) in NO_ROOM:
         return int(named[1])
     return no_room(error.__context__) if error.__context__ else 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the processor or of a GPU."""
+    return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,9 +26,10 @@ COMPLAINT = 4096  # bytes of the stranger's error that are looked at
 
 # similarity.py is a stranger's code. A guard runs it in a fork with limits: no memory past MEMORY; nothing to write to,
 # no TCP and no signals to others, where the kernel has Landlock; no process that outlives it: orphans come to it,
-# whatever session they hide in. Scores go into a file that was opened before; what it prints goes nowhere.
+# whatever session they hide in, and it ends when we do. Scores go into a file that was opened before; what it prints
+# goes nowhere.
 RUNNER = """
-import ctypes, importlib.util, json, os, resource, signal, struct, sys
+import ctypes, importlib.util, json, os, resource, select, signal, struct, sys
 
 similarity, result = sys.argv[1:3]
 scores, complaint, seconds, memory, size = map(int, sys.argv[3:])
@@ -75,6 +76,8 @@ child = os.fork()
 if not child:
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
+    system.prctl(1, signal.SIGKILL, 0, 0, 0)  # ends with the guard
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
         limit()
         work()
@@ -83,6 +86,9 @@ if not child:
         sys.exit(1)
     sys.exit(0)
 try:
+    # Nothing is ever written to standard input: it can be read from when the process that started this one is gone.
+    if select.select([os.pidfd_open(child), 0], [], [])[0] == [0]:
+        stop()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 finally:
     for number in (signal.SIGTERM, signal.SIGALRM):
@@ -206,9 +212,19 @@ def run_bounded(command: Sequence[str], files: Sequence[int], folder: Path, seco
     """
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
     nowhere = subprocess.DEVNULL
+    reading, held = os.pipe()
+    # In a session of its own: what kills ours as a whole must leave the guard to end the stranger's processes.
     guard = subprocess.Popen(
-        command, stdin=nowhere, stdout=nowhere, stderr=nowhere, pass_fds=files, cwd=folder, env=environment
+        command,
+        stdin=reading,
+        stdout=nowhere,
+        stderr=nowhere,
+        pass_fds=files,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
     )
+    os.close(reading)
     try:
         return guard.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -220,3 +236,4 @@ def run_bounded(command: Sequence[str], files: Sequence[int], folder: Path, seco
         except subprocess.TimeoutExpired:
             guard.kill()
             guard.wait()
+        os.close(held)

@@ -6,7 +6,8 @@ recomputing are those of the real step, in a few seconds at real size. `train` p
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tongkuan.config import Settings
 from tongkuan.distributed import Ranks
 from tongkuan.encode import autocast
+from tongkuan.files import is_out_of_memory
 from tongkuan.model import TwoTowers, pair_logits
 
 
@@ -42,8 +44,9 @@ class MemoryEstimate:
     peak: int
     """Of a step: less than the sum, as activations go while gradients come, or more, as blocks are recomputed."""
 
-    def __str__(self) -> str:
-        parts = {
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for."""
+        return {
             "weights": self.weights,
             "gradients": self.gradients,
             "exchange": self.exchange,
@@ -51,7 +54,9 @@ class MemoryEstimate:
             "copies in half precision": self.copies,
             "activations": self.activations,
         }
-        figures = ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items() if size)
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {mebibytes(size)}" for name, size in self.parts().items() if size)
         pairs = f"{self.pairs} pairs of {mebibytes(self.activations // self.pairs)}"
         return f"memory of a rank in MiB, estimated: {figures} ({pairs}); peak {mebibytes(self.peak)}"
 
@@ -158,3 +163,19 @@ def describe_memory(model: TwoTowers, optimizer: torch.optim.Optimizer, settings
             "train.checkpoint_activations=true"
         )
     return line
+
+
+@contextmanager
+def noting_shortage(
+    model: TwoTowers, optimizer: torch.optim.Optimizer, settings: Settings, fellows: Ranks
+) -> Iterator[None]:
+    """Have an error for want of memory carry a note on what takes the most of it, if that can be estimated."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            with suppress(Exception):
+                parts = estimate_memory(model, optimizer, settings, fellows).parts()
+                name = max(parts, key=lambda part: parts[part])
+                error.add_note(f"of a step's memory the {name} take the most, {mebibytes(parts[name])} MiB")
+        raise

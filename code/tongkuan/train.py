@@ -23,11 +23,11 @@ from tqdm import tqdm
 from tongkuan.checkpoint import ModelCard, Run, save_model
 from tongkuan.config import Augmentation, Settings, TrainSettings
 from tongkuan.data import Batch, ItemStore, augment, build_tokenizer, normalised, open_store, prefetch
-from tongkuan.distributed import Ranks, ranks
+from tongkuan.distributed import Ranks, StopRequests, ranks
 from tongkuan.encode import autocast, batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
 from tongkuan.evaluate import labels_of
 from tongkuan.files import FaultError, UserError, check_writable, publish
-from tongkuan.memory import describe_memory
+from tongkuan.memory import describe_memory, noting_shortage
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
 from tongkuan.processor import keep_freed_memory
@@ -333,12 +333,17 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
     if fellows.is_first:
         print(describe_memory(model, learner.optimizer, settings, fellows), flush=True)
     done = run.resume(model, learner.optimizer, learner.scaler)
+    if run.owes_validation:
+        validate(model, task, settings, fellows, run, done)
+        run.save(done, model, learner.optimizer, learner.scaler)
     model.train()
 
     loaded = load_parts(task, settings, fellows, done)
     pairs = options.pairs
     quiet = None if fellows.is_first else True
-    with tqdm(total=options.steps * pairs, initial=done * pairs, desc="train", unit="pair", disable=quiet) as progress:
+    bar = tqdm(total=options.steps * pairs, initial=done * pairs, desc="train", unit="pair", disable=quiet)
+    shortage = noting_shortage(model, learner.optimizer, settings, fellows)
+    with shortage, StopRequests(fellows) as requests, bar as progress:
         for step in range(done, options.steps):
             loss, norm = learner.step(step, loaded)
             run.losses.append(loss)
@@ -346,6 +351,8 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
             finished, is_last = step + 1, step + 1 == options.steps
             everies = (options.log_every, options.validate_every, options.save_every)
             is_row, is_validated, is_saved = (finished % every == 0 or is_last for every in everies)
+            is_stopped = requests.after(finished)
+            is_saved |= is_stopped
             if is_row or is_validated or is_saved:  # before a state that is none is kept
                 mean = float(np.mean(fellows.gather(float(torch.stack(run.losses).mean()))))
                 size = float(norm)
@@ -358,10 +365,13 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
                 speed, wait = progress.format_dict["rate"] or 0.0, learner.take_wait()
                 run.log(finished, figures, {"pairs_per_second": speed, "data_wait_seconds": wait})
                 progress.set_postfix(loss=f"{mean:.4f}", data_wait=f"{1000 * wait:.1f} ms")
-            if is_validated:
+            if is_validated and not is_stopped:
                 validate(model, task, settings, fellows, run, finished)
             if is_saved:
-                run.save(finished, model, learner.optimizer, learner.scaler)
+                owes = is_validated and is_stopped
+                run.save(finished, model, learner.optimizer, learner.scaler, owes)
+            if is_stopped:
+                break
 
 
 def fault(task: Task, options: TrainSettings, fellows: Ranks, run: Run, finished: int) -> str:

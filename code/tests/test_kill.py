@@ -1,0 +1,205 @@
+"""SIGKILL at many moments of train, resize, download and predict: the same command then ends with the same bytes."""
+
+import functools
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import environment
+from PIL import Image
+from worlds import tiny_preset
+
+pytestmark = pytest.mark.slow
+RANDOM, AIMED = 22, 8  # moments over the length of a run; moments at which a file is being written
+TESTS = Path(__file__).resolve().parent
+Words = list[str]
+
+
+class Verbs:
+    """Runs verbs in processes that start at once, see kills.py."""
+
+    def __init__(self) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, str(TESTS / "kills.py")],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._answer() == "ready"
+
+    def _answer(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def start(self, words: Words) -> int:
+        """The process id of a verb that has just begun."""
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(words) + "\n")
+        self.server.stdin.flush()
+        return int(self._answer())
+
+    def finish(self, words: Words) -> float:
+        """Run a verb to its end; the seconds that took."""
+        started = time.monotonic()
+        self.start(words)
+        assert self._answer() == "0", words
+        return time.monotonic() - started
+
+    def kill(self, words: Words, moment: Callable[[], object]) -> bool:
+        """Run a verb up to a moment; whether it was killed before its end."""
+        process = self.start(words)
+        moment()
+        with suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
+        return self._answer() == str(-signal.SIGKILL)
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.communicate()
+
+
+@pytest.fixture
+def verbs() -> Iterator[Verbs]:
+    verbs = Verbs()
+    yield verbs
+    verbs.close()
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file by its path, TensorBoard's curves left out: they hold the time, and are no artefact."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts)
+    return {str(path.relative_to(folder)): content(path) for path in paths}
+
+
+def content(path: Path) -> object:
+    """A file's bytes, but for what is the same in other bytes."""
+    if path.suffix == ".pt":  # a pickle tells which of its equal texts were one object
+        return plain(torch.load(path, weights_only=True))
+    if path.name == ".download.json":  # has the time at which each file came
+        return re.sub(rb'"time_ns": \d+', b"", path.read_bytes())
+    return path.read_bytes()
+
+
+def plain(value: Any) -> object:
+    """Tensors as bytes."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+def after(seconds: float) -> Callable[[Path], None]:
+    return lambda _: time.sleep(seconds)
+
+
+def writing(count: int, seconds: float, folder: Path) -> None:
+    """Return in the midst of the count-th temporary file below a folder, or after so many seconds."""
+    seen: set[str] = set()
+    deadline = time.monotonic() + seconds
+    while len(seen) < count and time.monotonic() < deadline:
+        for path, _, names in os.walk(folder):
+            seen.update(f"{path}/{name}" for name in names if name.endswith((".part", ".join")))
+
+
+def check_kills(verbs: Verbs, tmp_path: Path, writes: int, command: Callable[[Path], Words]) -> None:
+    """`command(folder)` fills a folder, in so many writes. Killed at each moment, it ends as one never killed."""
+    verbs.finish(command(tmp_path / "warm"))
+    length = verbs.finish(command(tmp_path / "whole"))
+    whole = contents(tmp_path / "whole")
+    draw = random.Random(0)
+    killed = litter = tries = 0
+    while killed < RANDOM + AIMED:
+        tries += 1
+        assert tries <= 3 * (RANDOM + AIMED), "most were done before they were killed"
+        folder = tmp_path / f"broken{tries}"
+        folder.mkdir()
+        moment = after(draw.uniform(0, length))
+        if killed < AIMED:
+            moment = functools.partial(writing, draw.randint(1, writes), 2 * length)
+        if verbs.kill(command(folder), functools.partial(moment, folder)):
+            killed += 1
+            litter += any(path.name.endswith((".part", ".join")) for path in folder.rglob("*"))
+            verbs.finish(command(folder))
+        found = contents(folder)
+        assert found.keys() == whole.keys(), f"try {tries}"
+        assert [name for name in whole if found[name] != whole[name]] == [], f"try {tries}"
+        shutil.rmtree(folder)
+    print(f"killed {killed} times, {litter} of them in a write; a whole run takes {length:.2f} s")
+    assert litter >= 2, "writes of pictures are over in no time, but not all"
+
+
+def test_train(verbs: Verbs, data: Path, tmp_path: Path) -> None:
+    """With dropout and augmentation, so that every generator must be where it was."""
+    settings = (
+        "train.steps=12",
+        "train.augmentation.flip=0.5",
+        "model.text.config.hidden_dropout_prob=0.1",
+        "model.image.arguments.drop_path_rate=0.2",
+    )
+    words = ["train", "--preset", str(tiny_preset(tmp_path)), "--data", str(data), *settings]
+    check_kills(verbs, tmp_path, 9, lambda out: [*words, "--run", str(out / "run"), "--model", str(out / "weights/m")])
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_predict(verbs: Verbs, data: Path, model: Path, tmp_path: Path, cache: bool) -> None:
+    words = ["predict", "--data", str(data), "--model", str(model), "--encode-batch", "2"]
+
+    def command(out: Path) -> Words:
+        return [*words, "--submit", str(out / "submit"), *(["--cache", str(out / "cache")] if cache else [])]
+
+    check_kills(verbs, tmp_path, 3, command)
+
+
+def hand_out(raw: Path) -> Path:
+    """Two splits of the organiser's files, pictures in a zip."""
+    raw.mkdir()
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for number in range(40):
+                picture = io.BytesIO()
+                pixels = generator.integers(0, 256, (240, 200, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(picture, "JPEG" if number % 2 else "PNG")
+                archive.writestr(zipfile.ZipInfo(f"{split}{number}.jpg"), picture.getvalue())
+        (raw / f"item_{split}_images.zip").write_bytes(buffer.getvalue())
+        items = [{"item_id": f"{split}{n}", "item_image_name": f"{split}{n}.jpg"} for n in range(40)]
+        pairs = [{"src_item_id": f"{split}0", "tgt_item_id": f"{split}{n}", "item_label": "1"} for n in range(40)]
+        for kind, rows in (("info", items), ("pair", pairs)):
+            (raw / f"item_{split}_{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return raw
+
+
+def test_resize(verbs: Verbs, tmp_path: Path) -> None:
+    words = ["resize", "--raw", str(hand_out(tmp_path / "raw")), "--size", "64", "--workers", "1"]
+    check_kills(verbs, tmp_path, 80, lambda out: [*words, "--data", str(out / "data")])
+
+
+def test_download(verbs: Verbs, tmp_path: Path) -> None:
+    """From a folder, the archive of one split in parts that are joined."""
+    raw = hand_out(tmp_path / "raw")
+    archive = raw / "item_train_images.zip"
+    whole = archive.read_bytes()
+    archive.unlink()
+    step = len(whole) // 5 + 1
+    for number, letter in enumerate("abcde"):
+        (raw / f"{archive.name}.parta{letter}").write_bytes(whole[number * step : (number + 1) * step])
+    words = ["download", "--from", str(raw)]
+    check_kills(verbs, tmp_path, 12, lambda out: [*words, "--raw", str(out / "raw")])

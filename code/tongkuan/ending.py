@@ -1,0 +1,66 @@
+"""How a verb ends that does not come to its end: errors as one line and an exit code, signals.
+
+No torch here: a wrong option is answered at once.
+"""
+
+import os
+import sys
+import traceback
+
+from tongkuan.files import NO_ROOM, FaultError, UserError, is_out_of_memory
+from tongkuan.records import clip
+
+TELL = "TONGKUAN_TELL"  # environment: the descriptor on which a rank tells its launcher what ended it
+SHORTAGE = {
+    "train": "lower train.pairs or model.image.size, raise train.accumulate, or set train.checkpoint_activations=true "
+    "or train.precision=bf16",
+    "predict": "lower --encode-batch, or start fewer ranks with --nproc",
+}
+SAME_ADVICE = {"demo": "train", "evaluate": "predict", "verify": "predict"}
+
+
+def stop(number: int, _frame: object) -> None:
+    """A request to end (as `docker stop` makes) ends like Ctrl-C: temporary files go, then exit 143."""
+    sys.exit(128 + number)
+
+
+def report_error(error: BaseException, verb: str) -> int:
+    """Say what ended a verb, in one line if it is not a mistake of ours; its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        if os.environ.get("RANK", "0") == "0":
+            print("tongkuan: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    code = 2 if isinstance(error, UserError) else 1
+    line = describe(error, verb)
+    if not line:
+        traceback.print_exception(error)
+        if TELL not in os.environ:
+            return code
+        line = f"{type(error).__name__} {clip(str(error), 200)}; its traceback stands above"
+    tell(line, code)
+    return code
+
+
+def describe(error: BaseException, verb: str) -> str:
+    """An error as a line that says what to do; empty for a mistake of ours."""
+    if isinstance(error, UserError | FaultError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        advice = "files that were there before are whole; make room and run the same command again"
+        return f"{error.filename or 'no more room'}: {error.strerror}; {advice}"
+    if is_out_of_memory(error):
+        advice = SHORTAGE.get(SAME_ADVICE.get(verb, verb), "give it more, or less to do")
+        return "; ".join([f"out of memory ({clip(str(error), 160)})", *getattr(error, "__notes__", []), advice])
+    return ""
+
+
+def tell(line: str, code: int) -> None:
+    """Print an error; as one of several ranks, tell the launcher, which prints the first that it is told, and end."""
+    if TELL in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(int(os.environ[TELL]), f"{code} {line}\n".encode())
+        os._exit(code)  # ending in order would wait for the other ranks
+    # Under torchrun every rank meets the same error; one says so.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"tongkuan: {line}", file=sys.stderr)
