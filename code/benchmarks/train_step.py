@@ -25,10 +25,11 @@ from tongkuan.checkpoint import ModelCard
 from tongkuan.config import ModelSettings, Settings
 from tongkuan.data import ItemStore, character_tokenizer, prefetch
 from tongkuan.distributed import Ranks
+from tongkuan.draw import Part, parts
 from tongkuan.evaluate import labels_of
 from tongkuan.memory import LiveStorages
 from tongkuan.model import build, checkpoint_activations, text_config_of
-from tongkuan.train import Learner, Loaded, Part, Task, learning_rate_at, parts
+from tongkuan.train import Learner, Loaded, Task, learning_rate_at
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SWIN_DEPTHS = (2, 2, 6, 2)  # Swin-T's
@@ -90,7 +91,7 @@ class Bench:
         optimizer = torch.optim.Adam(
             self.model.parameters(), options.learning_rate, options.betas, weight_decay=options.weight_decay
         )
-        loaded = prefetch(parts(self.task, options, ALONE, 0), self.published_input, 1)
+        loaded = prefetch(parts(self.task.train_pairs, options, ALONE, 0), self.published_input, 1)
         for step in range(options.steps):
             self.switch(is_published=True)
             started = time.perf_counter()
@@ -102,7 +103,7 @@ class Bench:
 
     def ours(self, learner: Learner) -> Iterator[tuple[float, float]]:
         """(loss, seconds) of each step from the first on."""
-        loaded = prefetch(parts(self.task, self.settings.train, ALONE, 0), self.our_input, 1)
+        loaded = prefetch(parts(self.task.train_pairs, self.settings.train, ALONE, 0), self.our_input, 1)
         for step in range(self.settings.train.steps):
             self.switch(is_published=False)
             started = time.perf_counter()
@@ -120,7 +121,7 @@ class Bench:
 
     def kept(self) -> tuple[float, float]:
         """Bytes a pair that the first forward keeps for backward, the published way and ours; inputs included."""
-        part = next(parts(self.task, self.settings.train, ALONE, 0))
+        part = next(parts(self.task.train_pairs, self.settings.train, ALONE, 0))
         state = [*self.model.parameters(), *self.model.buffers()]
         self.switch(is_published=True)
         sides, labels = self.published_input(part)
@@ -162,7 +163,7 @@ def bench_steps(bench: Bench, runs: int) -> None:
                 learner.take_wait()
     pairs = bench.settings.train.pairs
     report("train", "pairs/s", pairs, seconds)
-    draw = parts(bench.task, bench.settings.train, ALONE, 0)
+    draw = parts(bench.task.train_pairs, bench.settings.train, ALONE, 0)
     items = statistics.mean(len(part.item_ids) / pairs for part in itertools.islice(draw, 1, runs + 1))
     print(f"{'':<10}distinct items a pair {items:.2f}; our steps waited {1000 * learner.take_wait():.1f} ms for data")
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"command", "ending", "model", "data", "checkpoint"},
     {"cache"},
     {"encode"},
-    {"memory"},
+    {"memory", "draw"},
     {"evaluate", "train", "predict", "judge", "plot", "report", "explain", "demo", "release", "verify"},
     {"plan"},
     {"__main__"},

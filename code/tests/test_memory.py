@@ -15,10 +15,11 @@ from worlds import tiny_settings
 from tongkuan.config import ImageEncoder, Inputs, ModelSettings, Settings, TextEncoder, load_settings
 from tongkuan.data import Batch
 from tongkuan.distributed import Ranks
+from tongkuan.draw import Part
 from tongkuan.memory import MemoryEstimate, describe_memory, estimate_memory
 from tongkuan.model import TwoTowers, build, checkpoint_activations, text_config_of
 from tongkuan.records import Pair
-from tongkuan.train import Learner, Loaded, Part, make_optimizer, train
+from tongkuan.train import Learner, Loaded, make_optimizer, train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # BERT and Swin, as in the published recipe, with dropout and stochastic depth on.

@@ -19,10 +19,11 @@ from worlds import tiny_preset, tiny_settings
 
 from tongkuan.config import Precision, TrainSettings
 from tongkuan.distributed import Ranks
+from tongkuan.draw import BatchDraw, Part, parts
 from tongkuan.files import FaultError, UserError
 from tongkuan.model import build
 from tongkuan.records import Pair
-from tongkuan.train import BatchDraw, Learner, Loaded, Part, learning_rate_at, load_task, parts, train
+from tongkuan.train import Learner, Loaded, learning_rate_at, load_task, train
 
 CPU = torch.device("cpu")
 
@@ -76,7 +77,7 @@ def test_ranks_and_parts_share_out_the_global_batch(data: Path, tmp_path: Path) 
     options = TrainSettings(steps=3, pairs=4, accumulate=2)
 
     def by_step(count: int) -> list[list[Part]]:
-        by_rank = [list(parts(task, options, Ranks(rank, count, CPU), 0)) for rank in range(count)]
+        by_rank = [list(parts(task.train_pairs, options, Ranks(rank, count, CPU), 0)) for rank in range(count)]
         return [[part for rank in by_rank for part in rank if part.step == step] for step in range(3)]
 
     for one, two in zip(by_step(1), by_step(2), strict=True):
@@ -158,7 +159,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(data: Path, tmp
     learner = Learner(model, settings, alone)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    part = next(parts(task, settings.train, alone, 0))
+    part = next(parts(task.train_pairs, settings.train, alone, 0))
     loaded = (part, task.train_store.batch(part.item_ids), torch.tensor([pair.label for pair in part.pairs]))
     loss, _ = learner.step(0, iter([loaded]))
     assert math.isfinite(float(loss))

@@ -14,9 +14,10 @@ from worlds import tiny_settings
 
 from tongkuan.config import Settings, TrainSettings
 from tongkuan.distributed import Ranks
+from tongkuan.draw import BatchDraw, parts
 from tongkuan.model import build
 from tongkuan.records import Pair
-from tongkuan.train import BatchDraw, Learner, load_task, make_optimizer, parts, train
+from tongkuan.train import Learner, load_task, make_optimizer, train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -77,7 +78,7 @@ def test_a_step_waits_for_no_number_beyond_what_the_text_encoders_read(
     learner = Learner(build(settings.model, task.card.text_config, pretrained=True).train(), settings, ALONE)
     loaded = [
         (part, task.train_store.batch(part.item_ids), torch.tensor([pair.label for pair in part.pairs]))
-        for part in itertools.islice(parts(task, settings.train, ALONE, 0), 4)
+        for part in itertools.islice(parts(task.train_pairs, settings.train, ALONE, 0), 4)
     ]
     coming = iter(loaded)
     with Waits() as waits:

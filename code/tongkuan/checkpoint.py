@@ -178,8 +178,6 @@ class Run:
         set_rng(state["rng"][self.fellows.rank], self.fellows.device)
         self.best_f1, self.metrics = state["best_f1"], state["metrics"]
         self.owes_validation = state.get("owes_validation", False)
-        if self.fellows.is_first:
-            self.write_metrics()  # killed just after last.pt, a run that is done would never write them
         self.losses = [torch.tensor(loss, device=self.fellows.device) for loss in state["losses"][self.fellows.rank]]
         return int(state["step"])
 
@@ -215,6 +213,7 @@ class Run:
         self.fellows.wait()
 
     def write_metrics(self) -> None:
+        """Publish the rows logged so far."""
         with publish(self.run_dir / "metrics.jsonl") as file:
             file.writelines(orjson.dumps(row) + b"\n" for row in self.metrics)
 

@@ -7,7 +7,7 @@ Run the same command again after an interruption: it goes on from the last check
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from tongkuan.checkpoint import ModelCard, Run, save_model
 from tongkuan.config import Augmentation, Settings, TrainSettings
 from tongkuan.data import Batch, ItemStore, augment, build_tokenizer, normalised, open_store, prefetch
 from tongkuan.distributed import Ranks, StopRequests, ranks
+from tongkuan.draw import BatchDraw, Part, parts
 from tongkuan.encode import autocast, batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
 from tongkuan.evaluate import labels_of
 from tongkuan.files import FaultError, UserError, check_writable, publish
@@ -31,7 +31,7 @@ from tongkuan.memory import describe_memory, noting_shortage
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
 from tongkuan.processor import keep_freed_memory
-from tongkuan.records import Pair, clip, components, item_file, item_text, pair_file, read_items, read_pairs
+from tongkuan.records import Pair, clip, item_file, item_text, pair_file, read_items, read_pairs
 
 WHITEN_ITEMS = 768  # enough to know their spread by, and quick
 
@@ -78,83 +78,6 @@ def learning_rate_at(step: int, peak: float, settings: TrainSettings) -> float:
     return cosine * min(1.0, (step + 1) / (settings.warmup_steps + 1))
 
 
-class BatchDraw:
-    """Which pairs a step learns from: epochs in seeded orders, end to end, nothing left out."""
-
-    def __init__(self, pairs: Sequence[Pair], settings: TrainSettings) -> None:
-        self.pairs, self.settings = pairs, settings
-        groups = components(pairs) if settings.draw == "component" else []
-        self._groups = [np.array(group) for group in groups]
-        self._orders: dict[int, NDArray[np.int64]] = {}
-
-    def batch(self, step: int) -> list[Pair]:
-        """The pairs of a step over all ranks; the same whatever came before."""
-        first = step * self.settings.pairs
-        positions = [divmod(place, len(self.pairs)) for place in range(first, first + self.settings.pairs)]
-        epochs = {epoch for epoch, _ in positions}
-        self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self.order(epoch) for epoch in epochs}
-        return [self.pairs[int(self._orders[epoch][place])] for epoch, place in positions]
-
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Indices of all pairs in the order of an epoch; pairs of a component stand together if so asked."""
-        generator = np.random.default_rng((self.settings.seed, epoch))
-        if not self._groups:
-            return generator.permutation(len(self.pairs))
-        groups = [self._groups[index] for index in generator.permutation(len(self._groups))]
-        return np.concatenate([walk(self.pairs, generator.permutation(group)) for group in groups])
-
-
-def walk(pairs: Sequence[Pair], group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The indices of a component from its first on, depth first: each item's pairs follow one another.
-
-    Components are often far larger than a batch: in any other order their pairs would hardly meet.
-    """
-    touching: dict[str, list[int]] = {}
-    for index in group.tolist():
-        for item_id in (pairs[index].left, pairs[index].right):
-            touching.setdefault(item_id, []).append(index)
-    order: dict[int, None] = {}
-    ahead = [pairs[group[0]].left]
-    while ahead:
-        item_id = ahead.pop()
-        for index in touching.pop(item_id, ()):
-            if index not in order:
-                order[index] = None
-                ahead.append(pairs[index].right if pairs[index].left == item_id else pairs[index].left)
-    return np.array(list(order), dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One rank's forward: pairs, their distinct items, and where each pair's sides stand among those."""
-
-    step: int
-    pairs: list[Pair]
-    item_ids: list[str]
-    left: list[int]
-    right: list[int]
-    rows: list[int]
-    """First place of each item among the 2 x pairs sides of the global batch: what augmentation goes by."""
-
-
-def parts(task: Task, settings: TrainSettings, fellows: Ranks, first_step: int) -> Iterator[Part]:
-    """Every forward of this rank from `first_step` on, `accumulate` of them a step."""
-    size = settings.pairs // (fellows.count * settings.accumulate)
-    draw = BatchDraw(task.train_pairs, settings)
-    for step in range(first_step, settings.steps):
-        chosen = draw.batch(step)
-        first_place: dict[str, int] = {}
-        for place, item_id in enumerate([pair.left for pair in chosen] + [pair.right for pair in chosen]):
-            first_place.setdefault(item_id, place)
-        for number in range(settings.accumulate):
-            start = (fellows.rank * settings.accumulate + number) * size
-            pairs = chosen[start : start + size]
-            item_ids = distinct_items(pairs)
-            place_of = {item_id: place for place, item_id in enumerate(item_ids)}
-            left, right = [place_of[pair.left] for pair in pairs], [place_of[pair.right] for pair in pairs]
-            yield Part(step, pairs, item_ids, left, right, [first_place[item_id] for item_id in item_ids])
-
-
 Loaded = tuple[Part, Batch, Tensor]
 
 
@@ -165,7 +88,7 @@ def load_parts(task: Task, settings: Settings, fellows: Ranks, first_step: int) 
         batch = task.train_store.batch(part.item_ids)
         return part, batch.pin() if fellows.device.type == "cuda" else batch, torch.from_numpy(labels_of(part.pairs))
 
-    return prefetch(parts(task, settings.train, fellows, first_step), load, settings.data.workers)
+    return prefetch(parts(task.train_pairs, settings.train, fellows, first_step), load, settings.data.workers)
 
 
 def validate(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run: Run, step: int) -> None:
@@ -333,6 +256,8 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
     if fellows.is_first:
         print(describe_memory(model, learner.optimizer, settings, fellows), flush=True)
     done = run.resume(model, learner.optimizer, learner.scaler)
+    if done and fellows.is_first:
+        run.write_metrics()  # killed just after last.pt, a run that is done would never write them
     if run.owes_validation:
         validate(model, task, settings, fellows, run, done)
         run.save(done, model, learner.optimizer, learner.scaler)
