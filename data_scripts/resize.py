@@ -154,8 +154,12 @@ def convert(sources: dict[str, Source], task: Task) -> Outcome:
     # Renamed, but not fsynced one by one as `publish` does (that is ten times slower on a disk): the ledger, written
     # and fsynced last, is what makes a set valid. The temporary name is fixed, so a killed run leaves no litter behind.
     temporary = f"{target}.part"
-    with open(temporary, "wb") as file:
-        file.write(data)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+    except OSError:  # a full disk
+        Path(temporary).unlink(missing_ok=True)
+        raise
     os.replace(temporary, target)  # noqa: PTH105 - a Path for each of 100,000 names is only slower
     return "repaired" if repair else "ok", repair, width, height
 

@@ -17,10 +17,12 @@ from worlds import tiny_preset, write_jsonl
 import tongkuan.encode
 import tongkuan.evaluate
 import tongkuan.judge
+import tongkuan.plot
 import tongkuan.predict
 import tongkuan.release
+import tongkuan.report
 import tongkuan.train
-from tongkuan import files, model
+from tongkuan import files, model  # all imported as root: not everybody may read where they are installed
 from tongkuan.__main__ import main
 
 Words = Callable[["World"], list[object]]
