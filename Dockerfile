@@ -5,9 +5,11 @@ ARG BASE_IMAGE=debian:bookworm-slim@sha256:96e378d7e6531ac9a15ad505478fcc2e69f37
 
 # One system for build and run: the environment points at /usr/bin/python3, which must be the same on both sides.
 FROM ${BASE_IMAGE} AS system
+# What tells when and where it was installed goes: two builds of one commit have the same files.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 ca-certificates \
-    && apt-get clean && rm -rf /var/lib/apt/lists/*
+    && apt-get clean \
+    && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /var/lib/dpkg/*-old
 
 FROM system AS builder
 RUN apt-get update \
@@ -22,8 +24,19 @@ RUN --mount=type=secret,id=ca \
     if [ -e /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca SSL_CERT_FILE=/run/secrets/ca; fi \
     && if ls /wheelhouse/*.whl >/dev/null 2>&1; then set -- --no-index --find-links /wheelhouse; fi \
     && python3 -m venv /opt/venv \
-    && /opt/venv/bin/pip install --disable-pip-version-check --no-input \
+    && /opt/venv/bin/pip install --disable-pip-version-check --no-input --no-compile \
         --no-deps --require-hashes -r /requirements.lock "$@"
+# Compiled by content, not by time, and a process a package: what one has compiled before shows in the bytes. Exit code
+# 123: as always, some files are for other versions of Python.
+RUN printf '%s\0' /opt/venv/lib/python3.11/site-packages/* | PYTHONHASHSEED=0 xargs -0 -n 1 -P "$(nproc)" \
+        python3 -m compileall -qq -f --invalidation-mode checked-hash || [ $? = 123 ]
+# What is in there and under which licence; without clock and serial number, and nothing compiled on the way.
+RUN --mount=type=bind,source=code/pyproject.toml,target=/pyproject.toml \
+    --mount=type=bind,source=code/licences.py,target=/licences.py \
+    export PYTHONDONTWRITEBYTECODE=1 \
+    && /opt/venv/bin/cyclonedx-py environment --output-reproducible --gather-license-texts \
+        --pyproject /pyproject.toml --output-file /opt/sbom.cdx.json /opt/venv/bin/python \
+    && /opt/venv/bin/python /licences.py /opt/sbom.cdx.json >/opt/licences.txt
 # A CPU build of torch passes every test and then trains for a year; 0 lets it in on purpose.
 ARG REQUIRE_CUDA=1
 RUN [ "${REQUIRE_CUDA}" != 1 ] \
@@ -31,8 +44,10 @@ RUN [ "${REQUIRE_CUDA}" != 1 ] \
 
 FROM system AS app
 # The hub is off: what a run needs lies in weights/. HOME and USER serve any --user, also one without a passwd entry.
-# With --network none the host has no name, and each rank would warn about that twice.
+# With --network none the host has no name, and each rank would warn about that twice. By TONGKUAN_IMAGE errors know to
+# say what to mount.
 ENV TONGKUAN_PYTHON=/opt/venv/bin/python \
+    TONGKUAN_IMAGE=1 \
     PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -44,9 +59,12 @@ ENV TONGKUAN_PYTHON=/opt/venv/bin/python \
     USER=tongkuan \
     TORCH_CPP_LOG_LEVEL=ERROR
 WORKDIR /app
-RUN groupadd --gid 10001 tongkuan \
-    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tongkuan
+# Epoch 0: a password's day would stand in /etc/shadow.
+RUN export SOURCE_DATE_EPOCH=0 \
+    && groupadd --gid 10001 tongkuan \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin --no-log-init tongkuan
 COPY --from=builder /opt/venv /opt/venv
+COPY --from=builder --chmod=444 /opt/sbom.cdx.json /opt/licences.txt ./
 # --chmod: the image works for any UID whatever the umask of the checkout.
 COPY --chmod=755 weights weights
 # The bracket makes it a pattern, and a pattern may match nothing: data/ is copied when it is there.
@@ -57,7 +75,7 @@ COPY --chmod=755 data_scripts data_scripts
 # A folder mounted over submit/ hides its similarity.py; predict takes the spare one then.
 COPY --chmod=755 submit/similarity.py code/
 # By name, since code/ as a whole would bring the wheelhouse.
-COPY --chmod=755 code/*.toml code/*.lock code/*.md code/
+COPY --chmod=755 code/*.toml code/*.lock code/*.md code/*.py code/
 COPY --chmod=755 code/presets code/presets
 COPY --chmod=755 code/benchmarks code/benchmarks
 COPY --chmod=755 code/tests code/tests

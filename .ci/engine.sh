@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by .ci/run: a Docker engine of its own when none answers (Debian, as root), and a base image when none can be
-# pulled. Nothing of it outlives stop_engine.
+# Sourced by .ci/run and .ci/same_image: a Docker engine of its own when none answers (Debian, as root), and a base image when none can be
+# pulled, and builds. Nothing of it outlives stop_engine.
 
 engine_dir= # set while an engine of ours runs
 engine_pid=
@@ -64,4 +64,14 @@ pull_or_make_base() { # DOCKERFILE: sets base_image to the public default or, wi
     base_image=local/debian:bookworm
     install_missing mmdebstrap=mmdebstrap
     mmdebstrap --quiet --variant=minbase bookworm - | docker import - "$base_image"
+}
+
+build_image() { # TAG CONTEXT LOG [OPTION...]: says nothing unless it fails
+    local tag=$1 context=$2 log=$3
+    shift 3
+    docker build --progress plain --network host --build-arg "BASE_IMAGE=$base_image" --tag "$tag" "$@" "$context" \
+        >"$log" 2>&1 || {
+        tail -n 40 "$log" >&2
+        return 1
+    }
 }

@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from tqdm import tqdm
 
 from tongkuan.command import DATA, Parser
-from tongkuan.files import UserError
+from tongkuan.files import UserError, missing
 from tongkuan.records import (
     TEN_KEYS,
     AttributeStyle,
@@ -61,7 +61,7 @@ def read_catalogue(folder: Path, splits: Sequence[str]) -> tuple[dict[str, Item]
     """Items by id and labelled pairs of the splits, or of those that are there. UserError when none is."""
     splits = splits or [split for split in SPLITS if item_file(folder, split).is_file()]
     if not splits:
-        raise UserError(f"{folder}: no item_train_info.jsonl, item_valid_info.jsonl or item_test_info.jsonl; {ADVICE}")
+        raise missing(folder, f"no item_train_info.jsonl, item_valid_info.jsonl or item_test_info.jsonl; {ADVICE}")
     items: dict[str, Item] = {}
     pairs: list[Pair] = []
     for split in dict.fromkeys(splits):

@@ -10,7 +10,6 @@ its parts .zip.partaa, .zip.partab and so on, which are joined into the .zip.
 """
 
 import difflib
-import errno
 import fcntl
 import itertools
 import os
@@ -27,7 +26,16 @@ from tqdm import tqdm
 from transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
 
 from tongkuan.command import RAW, Parser
-from tongkuan.files import READ_BLOCK, UserError, check_writable, sha256_of, sync_folder, unwritable
+from tongkuan.files import (
+    NO_ROOM,
+    READ_BLOCK,
+    FaultError,
+    UserError,
+    check_writable,
+    sha256_of,
+    sync_folder,
+    unwritable,
+)
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
 NAME = re.compile(r"item_(train|valid|test)_(info\.jsonl|pair\.jsonl|images\.zip(\.part[a-z]{2})?)")
@@ -229,7 +237,7 @@ def join(archive: str, record: Record) -> str:
 def alone(raw_dir: Path) -> Iterator[None]:
     """Work in the folder, with a second download kept out: two would write into the same partial files.
 
-    Raises UserError for that, and for a folder that takes no more.
+    Raises UserError for that and for a folder that takes no files, FaultError for a full disk.
     """
     descriptor = os.open(raw_dir, os.O_RDONLY)
     try:
@@ -241,8 +249,8 @@ def alone(raw_dir: Path) -> Iterator[None]:
             pass  # some network file systems lock no folders
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{raw_dir}: the disk is full; make room and {AGAIN}") from error
+        if error.errno in NO_ROOM:
+            raise FaultError(f"{raw_dir}: the disk is full; make room and {AGAIN}") from error
         raise unwritable(raw_dir, error) from error
     finally:
         os.close(descriptor)

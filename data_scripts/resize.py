@@ -23,7 +23,7 @@ from pictures import Source, UnreadableError, find_source, fold, path_tails, saf
 from tqdm import tqdm
 
 from tongkuan.command import DATA, RAW, Parser
-from tongkuan.files import UserError, check_writable, publish
+from tongkuan.files import UserError, check_writable, missing, publish
 from tongkuan.processor import keep_freed_memory
 from tongkuan.records import (
     Item,
@@ -154,8 +154,12 @@ def convert(sources: dict[str, Source], task: Task) -> Outcome:
     # Renamed, but not fsynced one by one as `publish` does (that is ten times slower on a disk): the ledger, written
     # and fsynced last, is what makes a set valid. The temporary name is fixed, so a killed run leaves no litter behind.
     temporary = f"{target}.part"
-    with open(temporary, "wb") as file:
-        file.write(data)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+    except OSError:  # a full disk
+        Path(temporary).unlink(missing_ok=True)
+        raise
     os.replace(temporary, target)  # noqa: PTH105 - a Path for each of 100,000 names is only slower
     return "repaired" if repair else "ok", repair, width, height
 
@@ -253,12 +257,13 @@ def read_split(raw_dir: Path, split: str) -> tuple[Records, Source] | None:
         return None
     for path in (info, pair):
         if not path.is_file():
-            raise UserError(f"{path}: missing, while other files of {split} are there; {ADVICE}")
+            raise missing(path, f"missing, while other files of {split} are there; {ADVICE}")
     if source is None:
         pictures = f"item_{split}_images"
-        raise UserError(
-            f"{raw_dir}: no pictures of {split}; put {pictures}.zip, {pictures}.zip.partaa… or the folder {pictures} "
-            f"there, or {ADVICE}"
+        raise missing(
+            raw_dir,
+            f"no pictures of {split}; put {pictures}.zip, {pictures}.zip.partaa… or the folder {pictures} there, or "
+            f"{ADVICE}",
         )
     items = read_items(info, ADVICE)
     rows = [row for _, row in read_rows(info, ADVICE)]
@@ -334,15 +339,14 @@ def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
     """Make `data_dir` from `raw_dir` and return the closing lines. Raises UserError before anything is changed."""
     present = {split: found for split in SPLITS if (found := read_split(raw_dir, split))}
     if not present:
-        raise UserError(
-            f"{raw_dir}: no item_{{train,valid,test}}_info.jsonl, _pair.jsonl and _images.zip here; {ADVICE}"
-        )
+        raise missing(raw_dir, f"no item_{{train,valid,test}}_info.jsonl, _pair.jsonl and _images.zip here; {ADVICE}")
     records = {split: record for split, (record, _) in present.items()}
     sources = {split: source for split, (_, source) in present.items()}
     answers = raw_dir / ANSWERS
     answer_pairs = read_pairs(answers, advice=ADVICE) if answers.is_file() else []
     images = data_dir / "images"
-    check_writable(images)
+    for folder in (data_dir, images, *([data_dir / HANDED_OUT] if present.keys() - {"test"} else [])):
+        check_writable(folder)
     clear_earlier(data_dir, present, bool(answer_pairs))
     pictures = list_pictures(sources)
     assign_names(pictures, sources)

@@ -15,7 +15,7 @@ import orjson
 from resize import HANDED_OUT
 
 from tongkuan.command import DATA, Parser
-from tongkuan.files import UserError, publish
+from tongkuan.files import UserError, check_writable, missing, publish
 from tongkuan.records import (
     Item,
     Pair,
@@ -84,7 +84,7 @@ def read_handed_out(folder: Path) -> HandedOut:
         handed.items = items | handed.items
         handed.rows = rows | handed.rows
     if not handed.pairs:
-        raise UserError(f"{folder}: no item_train_info.jsonl or item_valid_info.jsonl to draw from; {ADVICE}")
+        raise missing(folder, f"no item_train_info.jsonl or item_valid_info.jsonl to draw from; {ADVICE}")
     return handed
 
 
@@ -170,6 +170,7 @@ def write_side(data_dir: Path, side: str, pairs: Sequence[Pair], handed: HandedO
 def split(data_dir: Path, ratio: float, seed: int) -> str:
     """Draw train and valid in `data_dir` and return the closing lines. Raises UserError before anything is changed."""
     handed = read_handed_out(data_dir / HANDED_OUT)
+    check_writable(data_dir)
     cleaned = clean(handed.pairs)
     components = find_components(cleaned.pairs)
     if len(components) < 2:

@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import load_script
 
-from tongkuan.files import UserError
+from tongkuan.files import FaultError, UserError
 
 download = load_script("download")
 transfer = load_script("transfer")
@@ -624,7 +624,7 @@ def test_a_full_disk_is_the_users_to_mend(
 ) -> None:
     links = server.links(tmp_path / "links.txt", ZIP)
     half(raw, links, server)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="disk is full; make room and run the same"):
+    with monkeypatch.context() as patch, pytest.raises(FaultError, match="disk is full; make room and run the same"):
         patch.setattr(transfer, "accept", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         run(raw, links)
     server.misbehave = behave

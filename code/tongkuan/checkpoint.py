@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tongkuan.config import ModelSettings, Settings
 from tongkuan.distributed import Ranks
-from tongkuan.files import UserError, publish
+from tongkuan.files import UserError, missing, publish
 from tongkuan.model import TwoTowers, build
 
 FORMAT = "tongkuan-1"
@@ -93,7 +93,7 @@ def format_card(card: ModelCard) -> dict[str, str]:
 def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
     """The model on the CPU, in evaluation mode. UserError when the file is missing, damaged or not ours."""
     if not path.is_file():
-        raise UserError(f"{path}: no such model; run ./entrypoint.sh train, or name one with --model")
+        raise missing(path, "no such model; run ./entrypoint.sh train, or name one with --model")
     try:
         with safe_open(path, framework="pt") as file:
             card = parse_card(path, file.metadata() or {})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tongkuan.files import check_writable
 from tongkuan.judge import score
 
 Verb = Callable[[Sequence[str]], int]
@@ -20,6 +21,8 @@ INPUTS = {"both": "text and picture", "text": "text alone", "image": "picture al
 def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: int | None, run_verb: Verb) -> None:
     """sample, resize, split, train, predict, check, score, plot and report, in `run_dir`; prints each."""
     started = time.monotonic()
+    for name in ("raw", "data", "train", "weights", "submit"):
+        check_writable(run_dir / name)
     raw, data = run_dir / "raw", run_dir / "data"
     ranks = ["--nproc", str(nproc or torch.cuda.device_count() or RANKS)]
 

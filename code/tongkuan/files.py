@@ -15,6 +15,8 @@ from typing import IO, Any
 # Only decoders that stay inside the process: Pillow hands EPS, for one, to Ghostscript.
 PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "ICO", "PPM", "JPEG2000")
 READ_BLOCK = 1 << 20  # bytes
+IMAGE = "TONGKUAN_IMAGE"  # environment: set by the Dockerfile, where folders are there by being mounted
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")  # as torch, CUDA and its libraries say it
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.part")  # names of `publish`
@@ -115,10 +117,28 @@ def sync_folder(folder: Path) -> None:
 
 def unwritable(folder: Path, error: OSError) -> Exception:
     """The error to raise for a folder that refuses files: the user's to mend, unless the disk itself failed."""
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        reason = os.strerror(error.errno).lower()
-        return UserError(f"{folder}: cannot write here ({reason}); mount it writable or name another folder")
-    return error
+    if error.errno not in REFUSALS:
+        return error
+    reason = os.strerror(error.errno or 0).lower()
+    advice = ""
+    if IMAGE in os.environ:
+        user = os.geteuid()
+        advice = f": docker run -v DIR:{mount_point(folder)}, DIR writable for UID {user}, or --user with its owner"
+    return UserError(f"{folder}: cannot write here ({reason}); mount it writable or name another folder{advice}")
+
+
+def missing(path: Path, told: str) -> UserError:
+    """The error to raise for an input that is not there; in the image it ends in what to mount."""
+    advice = f"; mount it: docker run -v DIR:{mount_point(path)}" if IMAGE in os.environ else ""
+    return UserError(f"{path}: {told}{advice}")
+
+
+def mount_point(path: Path) -> Path:
+    """Where in the image a folder is mounted so that `path` is in it: data, weights, runs and so on below the top."""
+    path, top = path.absolute(), Path.cwd()
+    if path != top and path.is_relative_to(top):
+        return top / path.relative_to(top).parts[0]
+    return path.parent if path.suffix else path
 
 
 def check_writable(folder: Path) -> None:
@@ -129,6 +149,13 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def check_target(path: Path) -> None:
+    """As check_writable, for the folder that a file goes to and for a folder that stands in the file's place."""
+    check_writable(path.parent)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, where a file goes; name a file in it, or move it away")
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tongkuan.files import UserError
+from tongkuan.files import UserError, missing
 from tongkuan.metrics import Labels, Scores, quality_at
 from tongkuan.records import Pair, Prediction, clip, read_pairs, read_predictions
 
@@ -116,7 +116,7 @@ def read_result(submit_dir: Path, pairs: Sequence[Pair], pairs_path: Path) -> li
     """
     path = submit_dir / "result.jsonl"
     if not (submit_dir / "similarity.py").is_file():
-        raise UserError(f"{submit_dir / 'similarity.py'}: no such file; run ./entrypoint.sh predict")
+        raise missing(submit_dir / "similarity.py", "no such file; run ./entrypoint.sh predict")
     wanted = Counter((pair.left, pair.right) for pair in pairs)
     embeddings: dict[str, bytes] = {}
     rows = []
@@ -138,8 +138,8 @@ def read_result(submit_dir: Path, pairs: Sequence[Pair], pairs_path: Path) -> li
                 raise UserError(f"{where}: item {clip(item_id)} has another embedding than before; predict again")
         empty = np.empty(0)
         rows.append(Prediction(row.left, empty, row.right, empty, row.threshold))
-    if missing := [key for key, count in wanted.items() if count]:
-        raise UserError(f"{path}: {len(missing)} pairs are missing, first {clip(min(missing))}; predict again")
+    if absent := [key for key, count in wanted.items() if count]:
+        raise UserError(f"{path}: {len(absent)} pairs are missing, first {clip(min(absent))}; predict again")
     return rows
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tongkuan.config import ImageEncoder, ModelSettings, TextEncoder
-from tongkuan.files import UserError, sync_folder
+from tongkuan.files import UserError, check_writable, sync_folder
 from tongkuan.records import clip
 
 TOP = Path(__file__).resolve().parents[2]
@@ -167,6 +167,7 @@ def locate(weights: str) -> tuple[str, str]:
 
 def fetch(name: str) -> Path:
     """Bring a hub's encoder into weights/, whole or not at all: its folder. UserError when the hub does not give it."""
+    check_writable(WEIGHTS_DIR)
     local = WEIGHTS_DIR / name.rpartition("/")[2]
     staging = local.with_name(f".{local.name}.part")  # stays after an error: the same command resumes
     download(name, local_dir=staging, ignore_patterns=OTHER_FRAMEWORKS)

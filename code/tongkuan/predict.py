@@ -21,7 +21,7 @@ from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
 from tongkuan.distributed import Ranks, ranks
 from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, settle
-from tongkuan.files import UserError, check_writable, publish, sha256_of
+from tongkuan.files import UserError, check_target, check_writable, publish, sha256_of
 from tongkuan.model import TOP
 from tongkuan.processor import processor_of
 from tongkuan.records import (
@@ -50,9 +50,10 @@ def predict(
     cache_dir: Path | None = None,
 ) -> None:
     """Predict every pair of a split. UserError before any encoding when an input or a folder is unfit."""
-    for folder in (submit_dir, cache_dir):
-        if folder is not None:
-            check_writable(folder)
+    for name in ("result.jsonl", SIMILARITY.name, "manifest.json"):
+        check_target(submit_dir / name)
+    if cache_dir is not None:
+        check_writable(cache_dir)
     model, card = load_model(model_path)
     items_path, pairs_path = item_file(data_dir, split), pair_file(data_dir, split)
     items = read_items(items_path)

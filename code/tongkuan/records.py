@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tongkuan.files import UserError
+from tongkuan.files import UserError, missing
 
 AttributeStyle = Literal["quoted", "published"]
 
@@ -79,7 +79,7 @@ def read_rows(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         file = path.open("rb")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"{path}: no such file; {advice}") from error
+        raise missing(path, f"no such file; {advice}") from error
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror}); check its name and permissions") from error
     with file:

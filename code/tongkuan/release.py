@@ -24,7 +24,7 @@ from torch import Tensor
 from tongkuan.checkpoint import ModelCard, stream_model
 from tongkuan.config import ModelSettings, TextEncoder, load_settings
 from tongkuan.data import build_tokenizer
-from tongkuan.files import READ_BLOCK, UserError, check_writable, sha256_of
+from tongkuan.files import READ_BLOCK, UserError, check_target, missing, sha256_of
 from tongkuan.model import WEIGHTS_DIR, TwoTowers, build, build_image, download, fetch, locate, text_config_of
 
 PARTS = tuple(f".part{a}{b}" for a, b in product(ascii_lowercase, repeat=2))
@@ -58,6 +58,7 @@ def import_release(
     threshold: float = 0.0,
 ) -> None:
     """Write `out` from a released checkpoint; nothing is written when a key is missing, unexpected or mis-shaped."""
+    check_target(out)
     with whole_file(checkpoint, out.parent) as path:
         params = read_params(path, checkpoint)
         settings = recipe(params, preset, overrides)
@@ -91,11 +92,10 @@ def whole_file(checkpoint: Path, folder: Path) -> Iterator[Path]:
         path for path in base.parent.glob("*") if re.fullmatch(re.escape(base.name) + r"\.part\w+", path.name)
     )
     if not parts:
-        raise UserError(f"{checkpoint}: no such file, nor parts {base.name}.partaa…; name the released checkpoint")
+        raise missing(checkpoint, f"no such file, nor parts {base.name}.partaa…; name the released checkpoint")
     for part, suffix in zip(parts, PARTS, strict=False):
         if part.name != base.name + suffix:
             raise UserError(f"{base}{suffix}: this part is missing, {part.name} is there; fetch it too")
-    check_writable(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{base.name}.") as temporary:
         whole = Path(temporary) / base.name
         with whole.open("wb") as joined:

@@ -26,7 +26,7 @@ from tongkuan.distributed import Ranks, StopRequests, ranks
 from tongkuan.draw import BatchDraw, Part, parts
 from tongkuan.encode import autocast, batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
 from tongkuan.evaluate import labels_of
-from tongkuan.files import FaultError, UserError, check_writable, publish
+from tongkuan.files import FaultError, UserError, check_target, check_writable, publish
 from tongkuan.memory import describe_memory, noting_shortage
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
@@ -144,8 +144,8 @@ def check_batch(settings: TrainSettings, fellows: Ranks) -> None:
 
 def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -> None:
     """Train to settings.train.steps, resuming what `run_dir` holds, and publish the best model at `model_path`."""
-    for folder in (run_dir, model_path.parent):
-        check_writable(folder)
+    check_writable(run_dir)
+    check_target(model_path)
     task = load_task(settings, data_dir)
     with ranks() as fellows:
         check_batch(settings.train, fellows)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import orjson
 
 from tongkuan.config import DataSettings, Precision
-from tongkuan.files import UserError, sha256_of
+from tongkuan.files import UserError, missing, sha256_of
 from tongkuan.predict import predict
 from tongkuan.records import clip, item_file, pair_file
 
@@ -25,7 +25,7 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
     manifest = read_manifest(path)
     result = submit_dir / "result.jsonl"
     if not result.is_file():
-        raise UserError(f"{result}: no such file; run ./entrypoint.sh predict")
+        raise missing(result, "no such file; run ./entrypoint.sh predict")
     if sha256_of(result) != manifest["sha256"]["result"]:
         raise UserError(f"{result}: not the file that {path} describes; predict again, or take the one that was made")
     files = {
@@ -61,7 +61,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = orjson.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: no such file; run ./entrypoint.sh predict") from error
+        raise missing(path, "no such file; run ./entrypoint.sh predict") from error
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); take the file that predict wrote") from error
     kinds = {"sha256": dict, "versions": dict, "split": str, "encode_batch": int, "threshold": float, "precision": str}

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tongkuan.files import UserError
+from tongkuan.files import UserError, missing
 from tongkuan.judge import judged
 from tongkuan.metrics import Labels, Scores
 from tongkuan.records import Item, Pair, item_file, nearest, read_items, read_predictions
@@ -103,7 +103,7 @@ def find_items(data_dir: Path, pairs: Sequence[Pair], manifest: Mapping[str, Any
     else:
         paths = sorted(data_dir.glob("item_*_info.jsonl"))
     if not paths:
-        raise UserError(f"{data_dir}: no item_*_info.jsonl; name the folder that was predicted from with --data")
+        raise missing(data_dir, "no item_*_info.jsonl; name the folder that was predicted from with --data")
     ids = dict.fromkeys(item_id for pair in pairs for item_id in (pair.left, pair.right))
     fewest: tuple[int, str, str] | None = None
     for path in paths:

@@ -1,0 +1,215 @@
+"""Folders that take no files, and inputs that are not there: said before any work, in the image with what to mount."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import orjson
+import pytest
+from scripts import load_script
+from test_main import error_of, without_root
+from worlds import tiny_preset, write_jsonl
+
+import tongkuan.encode
+import tongkuan.evaluate
+import tongkuan.judge
+import tongkuan.plot
+import tongkuan.predict
+import tongkuan.release
+import tongkuan.report
+import tongkuan.train
+from tongkuan import files, model  # all imported as root: not everybody may read where they are installed
+from tongkuan.__main__ import main
+
+Words = Callable[["World"], list[object]]
+
+
+class World:
+    """Inputs of every verb, readable by all, and `out`: a folder with a file from before, that takes no more."""
+
+    def __init__(self, top: Path, data: Path, model: Path) -> None:
+        self.top, self.out = top, top / "out"
+        self.data, self.raw = shutil.copytree(data, top / "data"), top / "raw"
+        self.model, self.preset = Path(shutil.copy(model, top / "model.safetensors")), tiny_preset(top)
+        self.submit, self.answers = top / "submit", top / "answers.jsonl"
+        for split in ("train", "valid", "test"):
+            shutil.copytree(data / "images", self.raw / f"item_{split}_images")
+            for kind in ("info", "pair"):
+                shutil.copy(data / f"item_{split}_{kind}.jsonl", self.raw)
+        shutil.copytree(self.raw, self.out / "handed_out", ignore=shutil.ignore_patterns("*images", "*test*"))
+        (self.out / "split.json").write_text("from before")
+
+
+@pytest.fixture(scope="module")
+def world(data: Path, model: Path) -> Iterator[World]:
+    """pytest's own folders are private to root; this one is not."""
+    with tempfile.TemporaryDirectory() as name:
+        found = World(Path(name), data, model)
+        main([*map(str, predict_words(found)), "--submit", str(found.submit)])
+        pairs = [f"test-{product}-" for product in range(6)]
+        rows = (found.data / "item_test_pair.jsonl").read_text().splitlines()
+        assert len(rows) == 4 * len(pairs)
+        labelled = [{**orjson.loads(row), "item_label": str(int(number % 4 < 2))} for number, row in enumerate(rows)]
+        write_jsonl(found.answers, labelled)
+        subprocess.run(["chmod", "-R", "a+rX", name], check=True)
+        yield found
+
+
+def predict_words(world: World) -> list[object]:
+    return ["predict", "--data", world.data, "--model", world.model]
+
+
+def train_words(world: World) -> list[object]:
+    return ["train", "--preset", world.preset, "--data", world.data]
+
+
+def judge_words(world: World, verb: str) -> list[object]:
+    return [verb, "--submit", world.submit, "--pairs", world.answers]
+
+
+WRITERS: dict[str, Words] = {
+    "download": lambda world: ["download", "--from", world.raw, "--raw", world.out],
+    "sample": lambda world: ["sample", "--products", 40, "--raw", world.out],
+    "resize": lambda world: ["resize", "--raw", world.raw, "--data", world.out],
+    "split": lambda world: ["split", "--data", world.out],
+    "weights": lambda world: ["weights", "--model", world.model, "--out", world.out / "model"],
+    "weights fetched": lambda world: ["weights", "--preset", world.preset, "model.text.weights=hub:some/where"],
+    "train": lambda world: [*train_words(world), "--run", world.out, "--model", world.top / "m"],
+    "train --model": lambda world: [*train_words(world), "--run", world.top / "run", "--model", world.out / "m"],
+    "predict": lambda world: [*predict_words(world), "--submit", world.out],
+    "predict --cache": lambda world: [*predict_words(world), "--submit", world.submit, "--cache", world.out],
+    "evaluate": lambda world: ["evaluate", *predict_words(world)[1:], "--cache", world.out],
+    "plot": lambda world: [*judge_words(world, "plot"), "--out", world.out / "a.svg"],
+    "report": lambda world: [*judge_words(world, "report"), "--data", world.data, "--out", world.out / "a.html"],
+    "demo": lambda world: ["demo", "--run", world.out],
+}
+
+
+@pytest.fixture
+def idle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes long must not be come to."""
+
+    def work(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("it has begun to work")
+
+    for module in (tongkuan.predict, tongkuan.evaluate, tongkuan.train):
+        monkeypatch.setattr(module, "encode", work)
+    monkeypatch.setattr(tongkuan.train, "learn", work)
+    monkeypatch.setattr(tongkuan.judge, "run_similarity", work)
+    monkeypatch.setattr(tongkuan.release, "read_params", work)
+    monkeypatch.setattr(model, "download", work)
+    monkeypatch.setattr(model, "WEIGHTS_DIR", world.out)
+    monkeypatch.setattr(load_script("resize"), "convert_all", work)
+    monkeypatch.setattr(load_script("sample"), "encode_picture", work)
+    monkeypatch.setattr(load_script("download"), "bring", work)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("verb", WRITERS)
+def test_a_folder_that_takes_no_files_is_named_before_any_work(verb: str, world: World) -> None:
+    before, mode = contents(world.out), world.out.stat().st_mode
+    world.top.chmod(0o777)
+    world.submit.chmod(0o777)
+    world.out.chmod(0o555)
+    try:
+        with without_root():
+            line = error_of(*WRITERS[verb](world))
+    finally:
+        world.out.chmod(mode)
+    assert line.startswith(f"{world.out}") and ": cannot write here (permission denied); " in line
+    assert contents(world.out) == before
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("verb", [verb for verb in WRITERS if verb not in ("split", "weights fetched")])
+def test_a_file_in_the_folders_place_is_named_before_any_work(verb: str, world: World) -> None:
+    out = world.top / "out"
+    out.rename(world.top / "aside")
+    try:
+        out.write_text("from before")
+        line = error_of(*WRITERS[verb](world))
+        assert out.read_text() == "from before"
+    finally:
+        out.unlink(missing_ok=True)
+        (world.top / "aside").rename(out)
+    assert line.startswith(f"{out}") and ": cannot write here (" in line
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (lambda world: [*train_words(world), "--run", world.top / "run", "--model", world.out], "out"),
+        (lambda world: [*predict_words(world), "--submit", world.top], "manifest.json"),
+        (lambda world: ["weights", "--model", world.model, "--out", world.out], "out"),
+    ],
+)
+def test_a_folder_in_a_files_place_is_named_before_any_work(words: Words, place: str, world: World) -> None:
+    (world.top / "manifest.json").mkdir(exist_ok=True)
+    assert f"{world.top / place}: a folder, where a file goes; " in error_of(*words(world))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the image
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the verbs stand in the image, with nothing mounted."""
+    monkeypatch.setenv(files.IMAGE, "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "mount"),
+    [
+        ("predict", "weights"),
+        ("predict --model {model}", "data"),
+        ("evaluate --model {model}", "data"),
+        ("verify", "submit"),
+        ("train --preset {preset}", "data"),
+        ("check --pairs data/item_test_pair.jsonl", "data"),
+        ("score --pairs {answers}", "submit"),
+        ("plot --pairs {answers}", "submit"),
+        ("report --pairs {answers} --submit {submit}", "data"),
+        ("resize", "data"),
+        ("split", "data"),
+        ("attributes", "data"),
+        ("weights --model weights/63.pth", "weights"),
+    ],
+)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_in_the_image_a_missing_input_ends_in_what_to_mount(
+    words: str, mount: str, is_there: bool, app: Path, world: World
+) -> None:
+    if is_there:  # mounted, and empty
+        (app / mount).mkdir()
+    line = error_of(*(word.format_map(vars(world)) for word in words.split()))
+    assert line.startswith(f"{mount}") and line.endswith(f"; mount it: docker run -v DIR:{app}/{mount}")
+
+
+def test_in_the_image_an_input_from_elsewhere_is_mounted_where_it_was_named(app: Path) -> None:
+    assert error_of("predict", "--model", "/release/a.safetensors").endswith(": docker run -v DIR:/release")
+    assert error_of("resize", "--raw", "/my/raw").endswith(": docker run -v DIR:/my/raw")
+
+
+def test_in_the_image_a_folder_that_takes_no_files_ends_in_how_to_mount_it(app: Path) -> None:
+    (app / "submit").write_text("in the way")
+    line = error_of("predict")
+    assert line.startswith("submit: cannot write here (")
+    assert f"docker run -v DIR:{app}/submit, DIR writable for UID {os.geteuid()}, or --user with its owner" in line
+
+
+def test_elsewhere_nobody_is_told_to_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(files.IMAGE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert "docker" not in error_of("predict") + error_of("resize")
