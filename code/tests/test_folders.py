@@ -16,6 +16,7 @@ from worlds import tiny_preset, write_jsonl
 
 import tongkuan.encode
 import tongkuan.evaluate
+import tongkuan.explain
 import tongkuan.judge
 import tongkuan.plot
 import tongkuan.predict
@@ -85,6 +86,7 @@ WRITERS: dict[str, Words] = {
     "evaluate": lambda world: ["evaluate", *predict_words(world)[1:], "--cache", world.out],
     "plot": lambda world: [*judge_words(world, "plot"), "--out", world.out / "a.svg"],
     "report": lambda world: [*judge_words(world, "report"), "--data", world.data, "--out", world.out / "a.html"],
+    "explain": lambda world: ["explain", *predict_words(world)[1:], "--out", world.out / "a.html"],
     "demo": lambda world: ["demo", "--run", world.out],
 }
 
@@ -96,7 +98,7 @@ def idle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> NoReturn:
         raise AssertionError("it has begun to work")
 
-    for module in (tongkuan.predict, tongkuan.evaluate, tongkuan.train):
+    for module in (tongkuan.predict, tongkuan.evaluate, tongkuan.explain, tongkuan.train):
         monkeypatch.setattr(module, "encode", work)
     monkeypatch.setattr(tongkuan.train, "learn", work)
     monkeypatch.setattr(tongkuan.judge, "run_similarity", work)
