@@ -204,6 +204,25 @@ def test_in_the_image_an_input_from_elsewhere_is_mounted_where_it_was_named(app:
     assert error_of("resize", "--raw", "/my/raw").endswith(": docker run -v DIR:/my/raw")
 
 
+@pytest.mark.parametrize(
+    ("path", "is_file", "volume"),
+    [
+        ("runs/demo/weights/model.safetensors", True, "DIR:{app}/runs"),
+        ("data", False, "DIR:{app}/data"),
+        ("data.v2", False, "DIR:{app}/data.v2"),
+        ("../else/where", False, "DIR:{app.parent}/else/where"),
+        # Docker refuses to mount /, and a mount over the top would hide the program.
+        ("/model.safetensors", True, "FILE:/model.safetensors"),
+        ("model.safetensors", True, "FILE:{app}/model.safetensors"),
+        (".", False, "DIR:{app}/NAME"),
+        ("..", False, "DIR:{app}/NAME"),
+        ("/", False, "DIR:{app}/NAME"),
+    ],
+)
+def test_what_is_mounted_never_hides_the_program(path: str, is_file: bool, volume: str, app: Path) -> None:
+    assert files.volume(Path(path), is_file) == volume.format(app=app)
+
+
 def test_in_the_image_a_folder_that_takes_no_files_ends_in_how_to_mount_it(app: Path) -> None:
     (app / "submit").write_text("in the way")
     line = error_of("predict")

@@ -123,22 +123,28 @@ def unwritable(folder: Path, error: OSError) -> Exception:
     advice = ""
     if IMAGE in os.environ:
         user = os.geteuid()
-        advice = f": docker run -v DIR:{mount_point(folder)}, DIR writable for UID {user}, or --user with its owner"
+        advice = f": docker run -v {volume(folder, False)}, DIR writable for UID {user}, or --user with its owner"
     return UserError(f"{folder}: cannot write here ({reason}); mount it writable or name another folder{advice}")
 
 
 def missing(path: Path, told: str) -> UserError:
     """The error to raise for an input that is not there; in the image it ends in what to mount."""
-    advice = f"; mount it: docker run -v DIR:{mount_point(path)}" if IMAGE in os.environ else ""
+    advice = f"; mount it: docker run -v {volume(path, bool(path.suffix))}" if IMAGE in os.environ else ""
     return UserError(f"{path}: {told}{advice}")
 
 
-def mount_point(path: Path) -> Path:
-    """Where in the image a folder is mounted so that `path` is in it: data, weights, runs and so on below the top."""
-    path, top = path.absolute(), Path.cwd()
-    if path != top and path.is_relative_to(top):
-        return top / path.relative_to(top).parts[0]
-    return path.parent if path.suffix else path
+def volume(path: Path, is_file: bool) -> str:
+    """What `docker run -v` takes so that `path` is there: data, weights, runs and so on below the top, or elsewhere.
+
+    Never the top or a folder above it: docker refuses /, and a mount there would hide the program.
+    """
+    path, top = Path(os.path.normpath(path.absolute())), Path.cwd()
+    folder = path.parent if is_file else path
+    if folder != top and folder.is_relative_to(top):
+        folder = top / folder.relative_to(top).parts[0]
+    if not top.is_relative_to(folder):
+        return f"DIR:{folder}"
+    return f"FILE:{path}" if is_file else f"DIR:{top / 'NAME'}"
 
 
 def check_writable(folder: Path) -> None:
