@@ -103,6 +103,7 @@ def measured_peak(learner: Learner, settings: Settings) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_the_estimate_is_within_15_percent_of_a_step_of_the_small_preset() -> None:
     settings = load_settings("small", ["train.pairs=2"])
     model = network(settings, pretrained=True)

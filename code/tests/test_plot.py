@@ -65,6 +65,7 @@ def test_a_drawing_needs_nothing_from_elsewhere(result: tuple[Path, Path], tmp_p
     assert set(re.findall(r'font-family="([^"]*)"', svg)) == {"Liberation Sans, Arial, Helvetica, sans-serif"}
 
 
+@pytest.mark.slow
 def test_the_same_result_gives_the_same_bytes_in_every_process(
     result: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def test_a_result_has_a_row_a_pair_in_their_order_and_one_embedding_an_item(
     assert {row.threshold for row in rows} == {load_model(model)[1].threshold}
 
 
+@pytest.mark.slow
 def test_one_rank_and_two_write_identical_files(data: Path, model: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         words = ("--data", data, "--model", model, "--submit", tmp_path / str(count), "--nproc", count)

@@ -109,6 +109,7 @@ def test_a_page_fetches_nothing_and_runs_only_its_own_scripts(world: World, tmp_
             assert (attributes.get(name) or "#").startswith(("#", "data:"))
 
 
+@pytest.mark.slow
 def test_the_same_inputs_give_the_same_bytes_in_every_process(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

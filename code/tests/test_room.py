@@ -122,7 +122,7 @@ def report_words(data: Path, model: Path, out: Path) -> list[object]:
 @pytest.mark.parametrize(
     ("words", "room"),
     [
-        (train_words, 20_480),
+        pytest.param(train_words, 20_480, marks=pytest.mark.slow),
         (predict_words, 4_096),
         (download_words, 4_096),
         (sample_words, 32_768),

@@ -167,6 +167,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(data: Path, tmp
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
     """Losses over 20 steps of the same global batch agree to 1e-5."""
     preset = tiny_preset(tmp_path)
