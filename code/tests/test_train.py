@@ -114,6 +114,25 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(data: Path, 
     assert first == again != other
 
 
+def test_a_rank_computes_with_as_many_threads_as_asked(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not with as many as the machine has cores: sums that are cut otherwise end in other bits."""
+    seen, before = [], torch.get_num_threads()
+
+    def learn(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tongkuan.train.learn", learn)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_settings(tmp_path, "train.threads=3"), data, tmp_path / "run", tmp_path / "m.safetensors")
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3]
+
+
 def test_parts_change_memory_not_the_result(data: Path, tmp_path: Path) -> None:
     for name, accumulate in (("whole", 1), ("parts", 2)):
         settings = tiny_settings(tmp_path, f"train.accumulate={accumulate}")
