@@ -18,7 +18,7 @@ INPUTS = {"both": "text and picture", "text": "text alone", "image": "picture al
 
 
 def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: int | None, run_verb: Verb) -> None:
-    """From sample data over training and scoring to the report, in `run_dir`; prints each command."""
+    """Sample data -> resize -> split -> train -> predict -> check -> score -> plot -> report, in `run_dir`; prints each."""
     started = time.monotonic()
     raw, data = run_dir / "raw", run_dir / "data"
     ranks = ["--nproc", str(nproc or torch.cuda.device_count() or RANKS)]
