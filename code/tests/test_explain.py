@@ -19,7 +19,7 @@ from tongkuan.files import UserError
 from tongkuan.model import pair_scores
 from tongkuan.predict import predict
 from tongkuan.records import read_items, read_predictions
-from tongkuan.report.explained import Effect, Explanation
+from tongkuan.report.explained import Effect, Explanation, row_of
 from tongkuan.train import train
 
 A, B = "test-0-0", "test-1-0"
@@ -89,6 +89,21 @@ def test_sides_swapped_the_same_is_said_of_the_other_side(data: Path, model: Pat
     for side, mirrored in zip(one.patches, reversed(other.patches), strict=True):
         assert side is not None and mirrored is not None
         assert np.array_equal(side.changes, mirrored.changes)
+
+
+def test_the_verdict_is_told_for_each_side(data: Path, model: Path) -> None:
+    explanation = replace(explanation_of(data, model), score=2.0, threshold=1.0)
+    assert row_of(explanation, Effect("型号", 1.0, 1.5, -1.0))["flips"] == ["left", "both"]
+    assert row_of(explanation, Effect("型号", None, 1.5, 1.5))["flips"] == []
+    assert row_of(replace(explanation, threshold=2.0), Effect("型号", None, 2.5, 2.0))["flips"] == ["right"]
+
+
+def test_the_precision_asked_for_is_that_of_the_page(data: Path, model: Path, tmp_path: Path) -> None:
+    pages = []
+    for precision in ("fp32", "bf16"):
+        main(["explain", *words(data, model, tmp_path / f"{precision}.html", "--precision", precision)])
+        pages.append((tmp_path / f"{precision}.html").read_text(encoding="utf-8"))
+    assert all(f"<dd>{precision}</dd>" in page for precision, page in zip(("fp32", "bf16"), pages, strict=True))
 
 
 def test_a_patch_is_grey_where_it_covers_and_the_patches_cover_all(data: Path) -> None:

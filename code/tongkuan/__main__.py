@@ -225,6 +225,8 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", metavar="S", help="which item file (default test)")
     parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the model (default {MODEL})")
     parser.add_argument("--threshold", type=float, metavar="T", help="instead of the model's own")
+    precisions, help_of_precision = ("fp32", "bf16", "fp16"), "of the encoders (default fp32)"
+    parser.add_argument("--precision", choices=precisions, default="fp32", help=help_of_precision)
     parser.add_argument("--grid", type=int, default=8, metavar="N", help="N x N patches of a picture (default 8)")
     out = Path("submit/explain.html")
     parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"the page (default {out})")
@@ -240,7 +242,8 @@ def run_explain(arguments: Arguments) -> None:
         arguments.model,
         arguments.out,
         arguments.threshold,
-        grid=arguments.grid,
+        arguments.precision,
+        arguments.grid,
     )
 
 

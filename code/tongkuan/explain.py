@@ -5,6 +5,7 @@ Plain occlusion (Zeiler & Fergus, arXiv 1311.2901): each listing is encoded anew
 grid x grid patches of its picture among them. What two parts do together, no single one of them shows.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,12 +76,15 @@ def explain(
     if out.suffix != ".html" or out.is_dir():
         raise UserError(f"{out}: no name for a page; let --out end in .html")
     check_writable(out.parent)
+    started = time.monotonic()
     explanation, notes = occlude(pair_ids, data_dir, split, model_path, threshold, precision, grid)
+    seconds = time.monotonic() - started
     page = render_explanation(explanation, Pictures(data_dir))
     with publish(out) as file:
         file.write(page)
     print(f"{out}: {explanation.pair.left} and {explanation.pair.right}: {explanation}")
-    print(f"{explanation.facts['listings encoded']} listings encoded, where a prediction takes 2")
+    count = explanation.facts["listings encoded"]
+    print(f"{count} listings encoded in {seconds:.1f} s, the model's loading included; a prediction encodes 2")
     print("\n".join([*notes, "next: open it in a browser; it needs no network"]))
 
 

@@ -107,14 +107,18 @@ def render_explanation(explanation: Explanation, pictures: Pictures) -> bytes:
 
 
 def row_of(explanation: Explanation, effect: Effect) -> dict[str, Any]:
-    """A row of the table: changes of the score, and whether the verdict would be another."""
+    """A row of the table: changes of the score, and without the part on which sides the verdict is another."""
     whole = explanation.score
+    without = {"left": effect.left, "right": effect.right, "both": effect.both}
+    verdict = explanation.called(whole)
     return {
         "part": clipped(effect.part, MAX_VALUE),
         "left": None if effect.left is None else effect.left - whole,
         "right": None if effect.right is None else effect.right - whole,
         "both": effect.both - whole,
-        "flips": explanation.called(effect.both) != explanation.called(whole),
+        "flips": [
+            side for side, score in without.items() if score is not None and explanation.called(score) != verdict
+        ],
     }
 
 
