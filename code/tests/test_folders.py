@@ -25,6 +25,7 @@ import tongkuan.report
 import tongkuan.train
 from tongkuan import files, model  # all imported as root: not everybody may read where they are installed
 from tongkuan.__main__ import main
+from tongkuan.ending import report_error
 
 Words = Callable[["World"], list[object]]
 
@@ -228,6 +229,21 @@ def test_in_the_image_a_folder_that_takes_no_files_ends_in_how_to_mount_it(app: 
     line = error_of("predict")
     assert line.startswith("submit: cannot write here (")
     assert f"docker run -v DIR:{app}/submit, DIR writable for UID {os.geteuid()}, or --user with its owner" in line
+
+
+def test_a_folder_that_lets_nobody_in_is_one_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a mounted folder of another user, with mode 0700."""
+    closed, submit = world.top / "closed", world.top / "open"
+    shutil.copytree(world.data, closed / "data")
+    submit.mkdir()
+    submit.chmod(0o777)
+    closed.chmod(0o700)
+    words = ["predict", "--data", closed / "data", "--model", closed / "model.safetensors", "--submit", submit]
+    with without_root(), pytest.raises(PermissionError) as caught:
+        main([*map(str, words)])
+    assert report_error(caught.value, "predict") == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"tongkuan: {closed}") and ": not to be reached as UID " in told and told.count("\n") == 1
 
 
 def test_elsewhere_nobody_is_told_to_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,6 @@
 """train.py: schedule, batches, ranks, exact resume."""
 
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from commands import environment, ok, run_verb
+from commands import ok, run_verb
 from safetensors.torch import load_file
 from worlds import tiny_preset, tiny_settings
 
@@ -202,52 +197,6 @@ def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
     one, two = losses_of(tmp_path / "ranks1"), losses_of(tmp_path / "ranks2")
     assert len(one) == 20
     assert two == pytest.approx(one, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_a_run_killed_anywhere_and_started_again_ends_bit_identical(data: Path, tmp_path: Path) -> None:
-    """SIGKILL at several moments of one run, dropout and augmentation on, against an unbroken run."""
-    overrides = (
-        "train.steps=12",
-        "train.augmentation.flip=0.5",
-        "model.text.config.hidden_dropout_prob=0.1",
-        "model.image.arguments.drop_path_rate=0.2",
-    )
-    preset = tiny_preset(tmp_path)
-
-    def command(run_dir: Path) -> list[str]:
-        words = ["--preset", str(preset), "--data", str(data), "--run", str(run_dir)]
-        return [
-            sys.executable,
-            "-m",
-            "tongkuan",
-            "train",
-            *words,
-            "--model",
-            str(run_dir / "m.safetensors"),
-            *overrides,
-        ]
-
-    ok(run_verb(*command(tmp_path / "unbroken")[3:]))
-    broken = tmp_path / "broken"
-    kills, finished = 0, False
-    for step in (2, 4, 6, 8):
-        process = subprocess.Popen(
-            command(broken), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None and last_step(broken) < step:
-            time.sleep(0.005)
-        time.sleep(0.01 * step)  # a different place within a step each time
-        finished = process.poll() is not None
-        if not finished:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= 2, "the run must have been killed under way"
-    ok(run_verb(*command(broken)[3:]))
-    assert state_bytes(broken) == state_bytes(tmp_path / "unbroken")
-    assert (broken / "m.safetensors").read_bytes() == (tmp_path / "unbroken" / "m.safetensors").read_bytes()
 
 
 def last_step(run_dir: Path) -> int:

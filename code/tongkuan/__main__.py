@@ -251,6 +251,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="its folder (default runs/demo)"
     )
+    parser.add_argument("--products", type=int, metavar="N", help="of the catalogue (default: sample's)")
     parser.add_argument("--ablation", action="store_true", help="also train on text alone and on pictures alone")
     add_nproc(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.steps=500")
@@ -259,7 +260,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def run_demo(arguments: Arguments) -> None:
     from tongkuan.demo import demo
 
-    demo(arguments.run, arguments.overrides, arguments.ablation, arguments.nproc, main)
+    demo(arguments.run, arguments.overrides, arguments.ablation, arguments.nproc, arguments.products, main)
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,10 @@ VERBS = {
         run_explain,
     ),
     "demo": Verb(
-        "the whole job on a sample catalogue, in minutes", "demo --run runs/quick train.steps=100", add_demo, run_demo
+        "the whole job on a sample catalogue, in minutes",
+        "demo --run runs/quick --products 60 train.steps=100",
+        add_demo,
+        run_demo,
     ),
 }
 SCRIPTS = {

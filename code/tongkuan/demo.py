@@ -18,7 +18,14 @@ RANKS = 2  # without a GPU: small operators gain nothing from a second thread, a
 INPUTS = {"both": "text and picture", "text": "text alone", "image": "picture alone"}
 
 
-def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: int | None, run_verb: Verb) -> None:
+def demo(
+    run_dir: Path,
+    overrides: Sequence[str],
+    with_ablation: bool,
+    nproc: int | None,
+    products: int | None,
+    run_verb: Verb,
+) -> None:
     """sample, resize, split, train, predict, check, score, plot and report, in `run_dir`; prints each."""
     started = time.monotonic()
     for name in ("raw", "data", "train", "weights", "submit"):
@@ -35,7 +42,7 @@ def demo(run_dir: Path, overrides: Sequence[str], with_ablation: bool, nproc: in
         if code := run_verb(announce(*words)):
             sys.exit(code)
 
-    step("sample", "--raw", raw)
+    step("sample", "--raw", raw, *(() if products is None else ("--products", products)))
     step("resize", "--raw", raw, "--data", data, "--size", 96)  # the demo preset looks at 16 x 16
     step("split", "--data", data)
     answers = data / "item_test_answers.jsonl"

@@ -30,6 +30,9 @@ def report_error(error: BaseException, verb: str) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("tongkuan: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    if isinstance(error, PermissionError):  # of a folder on the way to a file, where nobody looks for it
+        reason = f"not to be reached as UID {os.geteuid()} ({str(error.strerror).lower()})"
+        error = UserError(f"{error.filename}: {reason}; let this user in, or be another (docker: --user)")
     code = 2 if isinstance(error, UserError) else 1
     line = describe(error, verb)
     if not line:
