@@ -232,15 +232,18 @@ def test_in_the_image_a_folder_that_takes_no_files_ends_in_how_to_mount_it(app: 
 
 
 def test_a_folder_that_lets_nobody_in_is_one_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a mounted folder of another user, with mode 0700."""
+    """As a mounted folder of another user; the mode that keeps its owner out, too, if that is not root."""
     closed, submit = world.top / "closed", world.top / "open"
     shutil.copytree(world.data, closed / "data")
     submit.mkdir()
     submit.chmod(0o777)
-    closed.chmod(0o700)
     words = ["predict", "--data", closed / "data", "--model", closed / "model.safetensors", "--submit", submit]
-    with without_root(), pytest.raises(PermissionError) as caught:
-        main([*map(str, words)])
+    closed.chmod(0o000)
+    try:
+        with without_root(), pytest.raises(PermissionError) as caught:
+            main([*map(str, words)])
+    finally:
+        closed.chmod(0o700)
     assert report_error(caught.value, "predict") == 2
     told = capsys.readouterr().err
     assert told.startswith(f"tongkuan: {closed}") and ": not to be reached as UID " in told and told.count("\n") == 1
