@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by .ci/run and .ci/same_image: a Docker engine of its own when none answers (Debian, as root), and a base image when none can be
-# pulled, and builds. Nothing of it outlives stop_engine.
+# Sourced by .ci/run and .ci/same_image: a Docker engine of its own when none answers (Debian, as root), a base image
+# when none can be pulled, and builds. Nothing of it outlives stop_engine.
 
 engine_dir= # set while an engine of ours runs
 engine_pid=
