@@ -10,25 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from resize import SPLITS, count
+from ledger import SPLITS
+from resize import count
 from rich.cells import cell_len
 from tqdm import tqdm
 
+from tongkuan.attributes import TEN_KEYS, AttributeStyle, attributes_of, normalise
 from tongkuan.command import DATA, Parser
-from tongkuan.files import UserError, missing
-from tongkuan.records import (
-    TEN_KEYS,
-    AttributeStyle,
-    Item,
-    Pair,
-    attributes_of,
-    clip,
-    item_file,
-    normalise,
-    pair_file,
-    read_items,
-    read_pairs,
-)
+from tongkuan.errors import UserError, clip, missing
+from tongkuan.records import Item, Pair, item_file, pair_file, read_items, read_pairs
 
 ADVICE = "run ./entrypoint.sh resize first, or ./entrypoint.sh demo"
 KEY_LENGTH, VALUE_LENGTH = 24, 20  # characters shown

@@ -26,16 +26,8 @@ from tqdm import tqdm
 from transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
 
 from tongkuan.command import RAW, Parser
-from tongkuan.files import (
-    NO_ROOM,
-    READ_BLOCK,
-    FaultError,
-    UserError,
-    check_writable,
-    sha256_of,
-    sync_folder,
-    unwritable,
-)
+from tongkuan.errors import NO_ROOM, FaultError, UserError, unwritable
+from tongkuan.files import READ_BLOCK, check_writable, sha256_of, sync_folder
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
 NAME = re.compile(r"item_(train|valid|test)_(info\.jsonl|pair\.jsonl|images\.zip(\.part[a-z]{2})?)")

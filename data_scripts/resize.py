@@ -3,8 +3,6 @@
 ./entrypoint.sh resize --raw data/raw --data data
 """
 
-import hashlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -14,32 +12,21 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeAlias
 
-import orjson
-from pictures import Source, UnreadableError, find_source, fold, path_tails, safe_name, silence_pillow, squash
+from ledger import SPLITS, STATUSES, Picture, Records, assign_names, link_pictures, list_pictures, write_ledger
+from sources import Source, find_source
 from tqdm import tqdm
 
 from tongkuan.command import DATA, RAW, Parser
-from tongkuan.files import UserError, check_writable, missing, publish
+from tongkuan.errors import UserError, missing
+from tongkuan.files import check_writable, publish
+from tongkuan.pictures import UnreadableError, silence_pillow, squash
 from tongkuan.processor import keep_freed_memory
-from tongkuan.records import (
-    Item,
-    Pair,
-    info_row,
-    item_file,
-    pair_file,
-    pair_row,
-    parse_item,
-    read_items,
-    read_pairs,
-    read_rows,
-)
+from tongkuan.records import info_row, item_file, pair_file, pair_row, parse_item, read_items, read_pairs
+from tongkuan.rows import read_rows
 
-STATUSES = ("ok", "repaired", "unreadable", "missing", "duplicate")
-SPLITS = ("train", "valid", "test")
 HANDED_OUT = "handed_out"  # the folder in DATA that split draws from
 ANSWERS = "item_test_answers.jsonl"
 ADVICE = "run ./entrypoint.sh download for the organiser's files, or ./entrypoint.sh demo for made-up ones"
@@ -48,74 +35,6 @@ MIN_TASKS = 32  # pictures a worker: starting one takes as long as these
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All pictures
-
-
-@dataclass(eq=False, slots=True)
-class Picture:
-    """A picture file and its ledger row; `key` is what its split's source reads it by."""
-
-    split: str
-    path: str
-    key: Any
-    image: str = ""
-    status: str = "ok"
-    detail: str = ""
-    width: int = 0
-    height: int = 0
-    twin: "Picture | None" = None  # an earlier one of the same bytes and name
-    is_named: bool = False  # by an item
-
-    @property
-    def name(self) -> str:
-        return PurePosixPath(self.path).name
-
-    def row(self) -> dict[str, Any]:
-        fields = ("image", "detail", "width", "height")
-        return {"split": self.split, "name": self.name, "status": self.status} | {f: getattr(self, f) for f in fields}
-
-
-def list_pictures(sources: dict[str, Source]) -> list[Picture]:
-    """Every picture file, by split, name and path."""
-    pictures = [
-        Picture(split, next(iter(path_tails(path)), "_"), key)
-        for split, source in sources.items()
-        for path, key in source.entries()
-    ]
-    return sorted(pictures, key=lambda picture: (SPLITS.index(picture.split), picture.name, picture.path))
-
-
-def assign_names(pictures: list[Picture], sources: dict[str, Source]) -> None:
-    """Give each picture an output name of its own, or the earlier picture of the same name and bytes as its twin.
-
-    Only pictures whose names meet are read here; the order of `pictures` decides who keeps the plain name.
-    """
-    wanted: dict[str, list[Picture]] = {}
-    taken: dict[str, Picture] = {}
-    digests: dict[Picture, str] = {}
-
-    def digest(picture: Picture) -> str:
-        if picture not in digests:
-            try:
-                data = sources[picture.split].read(picture.key)
-                digests[picture] = hashlib.sha256(data).hexdigest()
-            except UnreadableError:
-                digests[picture] = f"{picture.split}/{picture.path}"  # like no other
-        return digests[picture]
-
-    for picture in tqdm(pictures, desc="names", unit=" pictures", disable=None):
-        picture.image = safe_name(picture.name)
-        rivals = wanted.setdefault(fold(picture.image), [])
-        twin = next((rival for rival in rivals if digest(rival) == digest(picture)), None)
-        if twin:
-            picture.twin = twin
-            picture.status, picture.detail = "duplicate", f"the same bytes as {twin.split}/{twin.path}"
-            continue
-        rivals.append(picture)
-        if holder := taken.get(fold(picture.image)):
-            picture.status, picture.detail = "duplicate", f"other bytes than {holder.split}/{holder.path}"
-            tails = (f"~{number}" for number in itertools.count(2))
-            picture.image = next(name for t in tails if fold(name := safe_name(picture.name, t)) not in taken)
-        taken[fold(picture.image)] = picture
 
 
 # What a pool's process reads from: set once by `start_worker`, since an open archive cannot travel with each task.
@@ -209,47 +128,6 @@ def apply_outcome(picture: Picture, outcome: Outcome) -> None:
 # Items, pairs and the ledger
 
 
-class Index:
-    """Pictures of a split by every tail of their path (`a/b.jpg`, `b.jpg`), with and without the suffix."""
-
-    def __init__(self, pictures: Iterable[Picture]) -> None:
-        self.names: dict[str, Picture] = {}
-        self.stems: dict[str, Picture] = {}
-        for picture in pictures:
-            for tail in path_tails(picture.path):
-                self.names.setdefault(tail, picture)
-                self.stems.setdefault(str(PurePosixPath(tail).with_suffix("")), picture)
-
-    def by_name(self, name: str) -> Picture | None:
-        """The picture of that name; the longest part of a path that fits decides."""
-        return next((self.names[tail] for tail in path_tails(name) if tail in self.names), None)
-
-    def by_stem(self, name: str) -> Picture | None:
-        """As `by_name`, with the suffix left out on both sides."""
-        stems = (str(PurePosixPath(tail).with_suffix("")) for tail in path_tails(name))
-        return next((self.stems[stem] for stem in stems if stem in self.stems), None)
-
-
-def resolve(name: str, split: str, indexes: dict[str, Index]) -> Picture | None:
-    """Which picture an item's name means: name, then stem in its own split, then name, then stem in the others."""
-    others = [index for other, index in indexes.items() if other != split]
-    for group in ([indexes[split]], others):
-        for look_up in (Index.by_name, Index.by_stem):
-            for index in group:
-                if picture := look_up(index, name):
-                    return picture
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class Records:
-    """A split's lines as handed out: items by id, their raw rows, pairs with or without labels."""
-
-    items: dict[str, Item]
-    rows: list[dict[str, Any]]
-    pairs: list[Pair]
-
-
 def read_split(raw_dir: Path, split: str) -> tuple[Records, Source] | None:
     """A split's records and its pictures' source; None when nothing is there, UserError when only half of it is."""
     info, pair, source = item_file(raw_dir, split), pair_file(raw_dir, split), find_source(raw_dir, split)
@@ -270,28 +148,6 @@ def read_split(raw_dir: Path, split: str) -> tuple[Records, Source] | None:
     return Records(items, rows, read_pairs(pair, items, "optional", info, ADVICE)), source
 
 
-def link_pictures(records: dict[str, Records], pictures: list[Picture]) -> dict[str, dict[str, str]]:
-    """Output name or "" by split and item id. Marks the pictures that items name, adds a row for each missing one."""
-    found = {split: Index(p for p in pictures if p.split == split and p.image) for split in SPLITS}
-    unreadable = {split: Index(p for p in pictures if p.split == split and not p.image) for split in SPLITS}
-    missing: dict[tuple[str, str], Picture] = {}
-    images: dict[str, dict[str, str]] = {}
-    for split, record in records.items():
-        images[split] = {}
-        for item in record.items.values():
-            name = item.image_name
-            # A readable picture elsewhere goes before an unreadable one of the split's own.
-            picture = (resolve(name, split, found) or resolve(name, split, unreadable)) if name else None
-            if name and picture is None:
-                detail = f"no such file; named by item {item.item_id}"
-                picture = missing.setdefault((split, name), Picture(split, name, None, "", "missing", detail))
-            if picture:
-                picture.is_named = True
-            images[split][item.item_id] = picture.image if picture else ""
-    pictures.extend(missing.values())
-    return images
-
-
 def write_records(data_dir: Path, records: dict[str, Records], images: dict[str, dict[str, str]]) -> None:
     """Publish items and pairs of each split, those of train and valid once more for `split` to draw from."""
     for split, record in records.items():
@@ -306,13 +162,6 @@ def write_records(data_dir: Path, records: dict[str, Records], images: dict[str,
 
 def row_id(row: dict[str, Any]) -> str:
     return parse_item(row, "").item_id
-
-
-def write_ledger(path: Path, pictures: list[Picture]) -> None:
-    """Publish one row a picture, by split and name. Last of all: a data folder with a ledger is whole."""
-    with publish(path) as file:
-        for picture in sorted(pictures, key=lambda picture: (picture.split, picture.name, picture.path)):
-            file.write(orjson.dumps(picture.row()) + b"\n")
 
 
 def clear_earlier(data_dir: Path, splits: Iterable[str], has_answers: bool) -> None:

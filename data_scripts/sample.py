@@ -23,7 +23,8 @@ from sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal
 from tqdm import tqdm
 
 from tongkuan.command import RAW, Parser
-from tongkuan.files import UserError, check_writable, publish
+from tongkuan.errors import UserError
+from tongkuan.files import check_writable, publish
 from tongkuan.records import Pair, item_file, pair_file, pair_row
 
 PRODUCTS = 1500  # by default

@@ -15,7 +15,8 @@ import orjson
 from resize import HANDED_OUT
 
 from tongkuan.command import DATA, Parser
-from tongkuan.files import UserError, check_writable, missing, publish
+from tongkuan.errors import UserError, missing
+from tongkuan.files import check_writable, publish
 from tongkuan.records import (
     Item,
     Pair,
@@ -27,8 +28,8 @@ from tongkuan.records import (
     parse_item,
     read_items,
     read_pairs,
-    read_rows,
 )
+from tongkuan.rows import read_rows
 
 SIDES = ("train", "valid")
 ADVICE = "run ./entrypoint.sh resize first, or ./entrypoint.sh demo"

@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 
 import httpx2
 import orjson
-from pictures import Joined
+from sources import Joined
 from tqdm import tqdm
 
-from tongkuan.files import READ_BLOCK, UserError
+from tongkuan.errors import UserError
+from tongkuan.files import READ_BLOCK
 
 AGAIN = "run the same command again: it goes on"
 ENOUGH = 1 << 20  # bytes: an attempt that brought as many is not held against the server

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from tongkuan.attributes import item_text
 from tongkuan.config import ModelSettings
 from tongkuan.data import read_image
 from tongkuan.model import TwoTowers, pair_logits
-from tongkuan.records import Item, Pair, item_text
+from tongkuan.records import Item, Pair
 
 BATCH = 4  # pairs
 

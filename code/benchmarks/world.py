@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tongkuan.attributes import item_text
 from tongkuan.config import ModelSettings
-from tongkuan.records import Item, Pair, item_text, parse_item
+from tongkuan.pictures import squash
+from tongkuan.records import Item, Pair, parse_item
 
 TOP = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TOP / "data_scripts"))
 
 import sample  # noqa: E402 - one of the scripts on the path just set
-from pictures import squash  # noqa: E402
 
 TOKENS = (40, 110)  # of a text, from and to: as the competition's
 SETTINGS = ModelSettings.model_validate(

@@ -15,7 +15,7 @@ import atheris
 
 with atheris.instrument_imports(include=["tongkuan.records"]):
     from tongkuan import records
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 
 
 def attributes(data: bytes) -> None:

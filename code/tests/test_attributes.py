@@ -9,8 +9,9 @@ from commands import ok, run_verb
 from rich.cells import cell_len
 from scripts import load_script
 
-from tongkuan.files import UserError
-from tongkuan.records import TEN_KEYS, Item, attributes_of
+from tongkuan.attributes import TEN_KEYS, attributes_of
+from tongkuan.errors import UserError
+from tongkuan.records import Item
 
 attributes = load_script("attributes")
 Row = tuple[str, str]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tongkuan.__main__ import main
 from tongkuan.cache import Cache
 from tongkuan.config import DataSettings
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.model import TwoTowers
 from tongkuan.predict import predict
 from tongkuan.processor import processor_of

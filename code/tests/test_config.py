@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from worlds import tiny_preset
 
 from tongkuan.config import Settings, load_settings, preset_names
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -12,7 +12,7 @@ from worlds import tiny_settings
 
 from tongkuan.config import Augmentation, ImageEncoder, TextEncoder
 from tongkuan.data import ItemStore, augment, build_tokenizer, character_tokenizer, normalised, open_store, prefetch
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.records import Item, item_file, read_items
 
 TITLES = Path(__file__).resolve().parents[3] / "shared" / "data" / "titles" / "titles.jsonl"

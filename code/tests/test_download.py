@@ -29,11 +29,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import load_script
 
-from tongkuan.files import FaultError, UserError
+from tongkuan.errors import FaultError, UserError
 
 download = load_script("download")
 transfer = load_script("transfer")
-pictures = load_script("pictures")
+sources = load_script("sources")
 QUICK = transfer.Patience(attempts=2, timeout=10, pause=0.001, longest=0.02)
 IMPATIENT = {
     "silent": transfer.Patience(attempts=2, timeout=0.1, pause=0.001),
@@ -474,7 +474,7 @@ def test_parts_are_joined_into_what_resize_reads(server: Server, raw: Path, tmp_
     links = server.links(tmp_path / "links.txt", *PARTS)
     assert f"{ZIP} is joined" in run(raw, links)
     assert files(raw) == {ZIP: CONTENT[ZIP]}
-    assert [name for name, _ in pictures.find_source(raw, "valid").entries()] == ["a.jpg", "b.jpg"]
+    assert [name for name, _ in sources.find_source(raw, "valid").entries()] == ["a.jpg", "b.jpg"]
     assert "4 there already" in run(raw, links)
     assert len(server.ranges) == 4
 

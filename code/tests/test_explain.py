@@ -14,8 +14,8 @@ from worlds import make_data, tiny_settings, write_jsonl
 from tongkuan.__main__ import main
 from tongkuan.config import DataSettings
 from tongkuan.data import open_store
+from tongkuan.errors import UserError
 from tongkuan.explain import WHOLE, occlude, variants_of
-from tongkuan.files import UserError
 from tongkuan.model import pair_scores
 from tongkuan.predict import predict
 from tongkuan.records import read_items, read_predictions

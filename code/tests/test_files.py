@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tongkuan import files
-from tongkuan.files import UserError, check_writable, publish, sha256_of, unwritable
+from tongkuan.errors import UserError, unwritable
+from tongkuan.files import check_writable, publish, sha256_of
 
 NOBODY = 65534
 

@@ -23,7 +23,7 @@ import tongkuan.predict
 import tongkuan.release
 import tongkuan.report
 import tongkuan.train
-from tongkuan import files, model  # all imported as root: not everybody may read where they are installed
+from tongkuan import errors, model  # all imported as root: not everybody may read where they are installed
 from tongkuan.__main__ import main
 from tongkuan.ending import report_error
 
@@ -167,7 +167,7 @@ def test_a_folder_in_a_files_place_is_named_before_any_work(words: Words, place:
 @pytest.fixture
 def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the verbs stand in the image, with nothing mounted."""
-    monkeypatch.setenv(files.IMAGE, "1")
+    monkeypatch.setenv(errors.IMAGE, "1")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -221,7 +221,7 @@ def test_in_the_image_an_input_from_elsewhere_is_mounted_where_it_was_named(app:
     ],
 )
 def test_what_is_mounted_never_hides_the_program(path: str, is_file: bool, volume: str, app: Path) -> None:
-    assert files.volume(Path(path), is_file) == volume.format(app=app)
+    assert errors.volume(Path(path), is_file) == volume.format(app=app)
 
 
 def test_in_the_image_a_folder_that_takes_no_files_ends_in_how_to_mount_it(app: Path) -> None:
@@ -250,6 +250,6 @@ def test_a_folder_that_lets_nobody_in_is_one_line(world: World, capsys: pytest.C
 
 
 def test_elsewhere_nobody_is_told_to_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(files.IMAGE, raising=False)
+    monkeypatch.delenv(errors.IMAGE, raising=False)
     monkeypatch.chdir(tmp_path)
     assert "docker" not in error_of("predict") + error_of("resize")

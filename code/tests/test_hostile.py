@@ -22,13 +22,15 @@ from test_release import Payload
 from test_resize import hand_out, images, ledger, picture, run
 from worlds import make_data, tiny_preset
 
+from tongkuan import pictures
 from tongkuan.__main__ import main
+from tongkuan.attributes import item_text
 from tongkuan.config import load_settings
-from tongkuan.files import UserError
+from tongkuan.errors import UserError, clip, nearest
 from tongkuan.model import build_text, read_tensors, text_config_of
-from tongkuan.records import clip, item_text, nearest, parse_item, read_items, read_pairs, read_predictions
+from tongkuan.records import parse_item, read_items, read_pairs, read_predictions
 
-pictures = load_script("pictures")
+sources = load_script("sources")
 ID = '{"item_id": "a", "title": '
 DEEP = "[" * 1000 + "]" * 1000
 
@@ -89,7 +91,7 @@ def test_odd_lines_that_hold_an_item_are_taken(path: Path) -> None:
 
 
 def test_a_line_without_an_end_is_not_read_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tongkuan.records.MAX_LINE", 100)
+    monkeypatch.setattr("tongkuan.rows.MAX_LINE", 100)
     path.write_bytes(b'{"item_id":"a"}\n' + b" " * 1000)
     with pytest.raises(UserError, match=r"rows\.jsonl:2: longer than 0 MB"):
         read_items(path)
@@ -184,7 +186,7 @@ def test_a_zip_with_links_bombs_and_duplicate_names(raw: Path, out: Path, tmp_pa
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(picture("blue"))
-    entries = [(link, str(secret).encode()), ("bomb.jpg", bytes(pictures.MAX_BYTES + 1))]
+    entries = [(link, str(secret).encode()), ("bomb.jpg", bytes(sources.MAX_BYTES + 1))]
     entries += [(name, picture("red")) for name in ("../up.jpg", "/abs.jpg", "a.jpg", "../../a.jpg")]
     entries += [("a.jpg", picture("blue"))]
     write_zip(raw, entries)
@@ -210,7 +212,7 @@ def test_any_damage_to_a_zip_is_this_entrys_or_one_line(
     path = tmp_path_factory.getbasetemp() / "wild.zip"
     path.write_bytes(content[: place % len(content)] if cut else content)
     try:
-        archive = pictures.Archive((str(path),))
+        archive = sources.Archive((str(path),))
     except UserError as error:
         assert is_one_line(error)
         return

@@ -16,7 +16,7 @@ from commands import environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.judge import check, score
 from tongkuan.model import TOP, pair_scores
 from tongkuan.records import format_embedding

@@ -12,7 +12,7 @@ from worlds import tiny_settings
 
 from tongkuan.config import ImageEncoder, ModelSettings, TextEncoder
 from tongkuan.data import build_tokenizer
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.model import (
     build,
     build_image,

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scripts import load_script
 
-pictures = load_script("pictures")
+from tongkuan import pictures
+
 SIZE = 48
 
 

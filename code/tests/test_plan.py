@@ -8,7 +8,7 @@ from worlds import tiny_preset, tiny_settings
 
 from tongkuan.__main__ import main
 from tongkuan.config import describe, load_settings, preset_names, resolve
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.train import train
 
 

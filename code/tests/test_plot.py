@@ -11,7 +11,7 @@ from commands import ok, run_verb
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.metrics import quality_at
 from tongkuan.plot import MAX_BINS, draw, histogram, plot
 

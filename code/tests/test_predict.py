@@ -15,7 +15,7 @@ from tongkuan.config import DataSettings
 from tongkuan.data import open_store
 from tongkuan.distributed import Ranks
 from tongkuan.encode import encode
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.model import pair_scores
 from tongkuan.predict import predict
 from tongkuan.records import item_file, pair_file, read_items, read_pairs, read_predictions

@@ -12,17 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tongkuan.files import UserError
+from tongkuan.attributes import TEN_KEYS, item_text, normalise, parse_attributes
+from tongkuan.errors import UserError
 from tongkuan.records import (
-    TEN_KEYS,
     Item,
     Pair,
     format_embedding,
     info_row,
-    item_text,
-    normalise,
     pair_row,
-    parse_attributes,
     parse_embedding,
     prediction_row,
     read_items,

@@ -24,12 +24,13 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from worlds import TINY, make_data
 
 from tongkuan.__main__ import main
+from tongkuan.attributes import TEN_KEYS, item_text, normalise
 from tongkuan.checkpoint import load_model, save_model
 from tongkuan.config import DataSettings
 from tongkuan.files import sha256_of
 from tongkuan.model import TOP, pair_scores
 from tongkuan.predict import predict
-from tongkuan.records import TEN_KEYS, Item, item_file, item_text, normalise, read_items, read_predictions
+from tongkuan.records import Item, item_file, read_items, read_predictions
 
 # What transformers and timm differ by, of numbers between -4 and 4 in fp32.
 TOLERANCE = 2e-5

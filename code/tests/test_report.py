@@ -17,7 +17,7 @@ from PIL import Image
 from report_worlds import CLOSING, IMAGE, SCRIPT, World, make_world, write_rows
 from scipy import stats  # scikit-learn brings it
 
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.metrics import bootstrap, quality_at
 from tongkuan.records import Pair
 from tongkuan.report import figures, report

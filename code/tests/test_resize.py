@@ -15,10 +15,10 @@ import pytest
 from PIL import Image, ImageFile
 from scripts import load_script
 
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 
 resize = load_script("resize")
-pictures_module = load_script("pictures")
+sources = load_script("sources")
 SIZE = 32
 
 
@@ -235,7 +235,7 @@ def test_a_truncated_picture_is_repaired_if_most_of_it_is_there(raw: Path, data:
 def test_hostile_pictures_are_reported_and_nothing_else(
     raw: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures_module, "MAX_BYTES", 50_000)
+    monkeypatch.setattr(sources, "MAX_BYTES", 50_000)
     pictures = {
         "page.jpg": b"<html>404</html>",
         "empty.jpg": b"",

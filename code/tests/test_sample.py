@@ -12,8 +12,10 @@ from commands import run_verb
 from PIL import Image
 from scripts import load_script
 
-from tongkuan.files import UserError, sha256_of
-from tongkuan.records import item_text, normalise, parse_attributes, parse_item, read_items, read_pairs
+from tongkuan.attributes import item_text, normalise, parse_attributes
+from tongkuan.errors import UserError
+from tongkuan.files import sha256_of
+from tongkuan.records import parse_item, read_items, read_pairs
 
 SPLITS = ("train", "valid", "test")
 LOOK = ("category", "shape", "colour", "pattern")

@@ -23,7 +23,7 @@ from tongkuan.__main__ import main
 from tongkuan.checkpoint import Run
 from tongkuan.distributed import Ranks, StopRequests, seconds_of
 from tongkuan.ending import describe
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.model import TwoTowers
 from tongkuan.train import Learner, train
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import load_script
 
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.records import Pair, read_items, read_pairs
 
 split = load_script("split")

@@ -11,7 +11,7 @@ import licences
 import orjson
 import pytest
 
-from tongkuan.files import IMAGE
+from tongkuan.errors import IMAGE
 
 CODE = Path(__file__).resolve().parents[1]
 

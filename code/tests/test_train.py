@@ -15,7 +15,7 @@ from worlds import tiny_preset, tiny_settings
 from tongkuan.config import Precision, TrainSettings
 from tongkuan.distributed import Ranks
 from tongkuan.draw import BatchDraw, Part, parts
-from tongkuan.files import FaultError, UserError
+from tongkuan.errors import FaultError, UserError
 from tongkuan.model import build
 from tongkuan.records import Pair
 from tongkuan.train import Learner, Loaded, learning_rate_at, load_task, train

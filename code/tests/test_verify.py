@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tongkuan.config import DataSettings
-from tongkuan.files import UserError
+from tongkuan.errors import UserError
 from tongkuan.predict import predict
 from tongkuan.verify import explain, verify
 

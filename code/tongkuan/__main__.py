@@ -11,8 +11,7 @@ from types import ModuleType
 
 from tongkuan.command import DATA, Parser
 from tongkuan.ending import report_error, stop
-from tongkuan.files import UserError
-from tongkuan.records import clip, nearest
+from tongkuan.errors import UserError, clip, nearest
 
 DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
 PRESET = "ccks2022-63"

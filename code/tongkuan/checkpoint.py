@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from tongkuan.config import ModelSettings, Settings
 from tongkuan.distributed import Ranks
-from tongkuan.files import UserError, missing, publish
+from tongkuan.errors import UserError, missing
+from tongkuan.files import publish
 from tongkuan.model import TwoTowers, build
 
 FORMAT = "tongkuan-1"

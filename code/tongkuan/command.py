@@ -7,8 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tongkuan.files import UserError
-from tongkuan.records import nearest
+from tongkuan.errors import UserError, nearest
 
 RAW, DATA = Path("data/raw"), Path("data")
 

@@ -13,8 +13,8 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from tongkuan.files import UserError
-from tongkuan.records import TEN_KEYS, AttributeStyle, clip, nearest
+from tongkuan.attributes import TEN_KEYS, AttributeStyle
+from tongkuan.errors import UserError, clip, nearest
 
 MAX_PRESET = 100_000  # bytes
 PRESET_DIR = Path(__file__).resolve().parents[1] / "presets"

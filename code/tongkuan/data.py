@@ -16,10 +16,12 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor
 from torch.nn import functional
 
+from tongkuan.attributes import item_text
 from tongkuan.config import Augmentation, ImageEncoder, ModelSettings, TextEncoder
-from tongkuan.files import PICTURE_FORMATS, UserError
+from tongkuan.errors import UserError
 from tongkuan.model import locate, unreachable
-from tongkuan.records import Item, item_text
+from tongkuan.pictures import PICTURE_FORMATS
+from tongkuan.records import Item
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import TCPStore, rendezvous  # type: ignore[attr-defined]
 
-from tongkuan.files import FaultError, UserError
+from tongkuan.errors import FaultError, UserError
 from tongkuan.processor import available_cores
 
 T = TypeVar("T")

@@ -7,8 +7,7 @@ import os
 import sys
 import traceback
 
-from tongkuan.files import NO_ROOM, FaultError, UserError, is_out_of_memory
-from tongkuan.records import clip
+from tongkuan.errors import NO_ROOM, FaultError, UserError, clip, is_out_of_memory
 
 TELL = "TONGKUAN_TELL"  # environment: the descriptor on which a rank tells its launcher what ended it
 SHORTAGE = {

@@ -14,26 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from tongkuan.attributes import attributes_of, item_text, normalise
 from tongkuan.checkpoint import load_model
 from tongkuan.config import DataSettings, ModelSettings, Precision
 from tongkuan.data import ItemStore, open_store
 from tongkuan.distributed import ranks
 from tongkuan.encode import Embeddings, encode, settle
-from tongkuan.files import UserError, check_writable, publish, sha256_of
+from tongkuan.errors import UserError, clip, nearest
+from tongkuan.files import check_writable, publish, sha256_of
 from tongkuan.model import pair_scores
-from tongkuan.records import (
-    Item,
-    Pair,
-    attributes_of,
-    clip,
-    item_file,
-    item_text,
-    nearest,
-    normalise,
-    pair_file,
-    read_items,
-    read_pairs,
-)
+from tongkuan.records import Item, Pair, item_file, pair_file, read_items, read_pairs
 from tongkuan.report.explained import Effect, Explanation, Patches, render_explanation
 from tongkuan.report.views import Pictures
 

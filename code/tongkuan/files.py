@@ -1,6 +1,5 @@
 """Files appear whole or not at all: every artefact of this project is written through `publish`."""
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -12,22 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-# Only decoders that stay inside the process: Pillow hands EPS, for one, to Ghostscript.
-PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "ICO", "PPM", "JPEG2000")
+from tongkuan.errors import UserError, no_room, unwritable
+
 READ_BLOCK = 1 << 20  # bytes
-IMAGE = "TONGKUAN_IMAGE"  # environment: set by the Dockerfile, where folders are there by being mounted
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")  # as torch, CUDA and its libraries say it
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.part")  # names of `publish`
-
-
-class UserError(Exception):
-    """Something the user can mend. Its text is one line: file, line, what is wrong, what to do next. Exit code 2."""
-
-
-class FaultError(Exception):
-    """Something that went wrong on the way, whoever caused it. Its text is one line, as UserError's. Exit code 1."""
 
 
 @contextmanager
@@ -91,21 +78,6 @@ def sweep(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def no_room(error: BaseException) -> int:
-    """The number of a full disk's error, else 0. Writers in C++ and Rust hide it in their text or behind it."""
-    if isinstance(error, OSError):
-        return error.errno if error.errno in NO_ROOM else 0
-    named = re.search(r"\(os error (\d+)\)", str(error))
-    if named and int(named[1]) in NO_ROOM:
-        return int(named[1])
-    return no_room(error.__context__) if error.__context__ else 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the processor or of a GPU."""
-    return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
-
-
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -113,38 +85,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def unwritable(folder: Path, error: OSError) -> Exception:
-    """The error to raise for a folder that refuses files: the user's to mend, unless the disk itself failed."""
-    if error.errno not in REFUSALS:
-        return error
-    reason = os.strerror(error.errno or 0).lower()
-    advice = ""
-    if IMAGE in os.environ:
-        user = os.geteuid()
-        advice = f": docker run -v {volume(folder, False)}, DIR writable for UID {user}, or --user with its owner"
-    return UserError(f"{folder}: cannot write here ({reason}); mount it writable or name another folder{advice}")
-
-
-def missing(path: Path, told: str) -> UserError:
-    """The error to raise for an input that is not there; in the image it ends in what to mount."""
-    advice = f"; mount it: docker run -v {volume(path, bool(path.suffix))}" if IMAGE in os.environ else ""
-    return UserError(f"{path}: {told}{advice}")
-
-
-def volume(path: Path, is_file: bool) -> str:
-    """What `docker run -v` takes so that `path` is there: data, weights, runs and so on below the top, or elsewhere.
-
-    Never the top or a folder above it: docker refuses /, and a mount there would hide the program.
-    """
-    path, top = Path(os.path.normpath(path.absolute())), Path.cwd()
-    folder = path.parent if is_file else path
-    if folder != top and folder.is_relative_to(top):
-        folder = top / folder.relative_to(top).parts[0]
-    if not top.is_relative_to(folder):
-        return f"DIR:{folder}"
-    return f"FILE:{path}" if is_file else f"DIR:{top / 'NAME'}"
 
 
 def check_writable(folder: Path) -> None:

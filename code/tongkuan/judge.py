@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tongkuan.files import UserError, missing
+from tongkuan.errors import UserError, clip, missing
 from tongkuan.metrics import Labels, Scores, quality_at
-from tongkuan.records import Pair, Prediction, clip, read_pairs, read_predictions
+from tongkuan.records import Pair, Prediction, read_pairs, read_predictions
 
 SECONDS_A_PAIR = 0.05
 START_SECONDS = 60

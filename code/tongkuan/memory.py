@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tongkuan.config import Settings
 from tongkuan.distributed import Ranks
 from tongkuan.encode import autocast
-from tongkuan.files import is_out_of_memory
+from tongkuan.errors import is_out_of_memory
 from tongkuan.model import TwoTowers, pair_logits
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tongkuan.config import ImageEncoder, ModelSettings, TextEncoder
-from tongkuan.files import UserError, check_writable, sync_folder
-from tongkuan.records import clip
+from tongkuan.errors import UserError, clip
+from tongkuan.files import check_writable, sync_folder
 
 TOP = Path(__file__).resolve().parents[2]
 WEIGHTS_DIR = TOP / "weights"

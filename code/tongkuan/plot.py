@@ -11,7 +11,8 @@ import numpy as np
 import vl_convert
 from numpy.typing import NDArray
 
-from tongkuan.files import UserError, check_writable, publish
+from tongkuan.errors import UserError
+from tongkuan.files import check_writable, publish
 from tongkuan.judge import judged
 from tongkuan.metrics import Labels, Quality, Scores, quality_at
 

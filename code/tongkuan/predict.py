@@ -21,7 +21,8 @@ from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
 from tongkuan.distributed import Ranks, ranks
 from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, settle
-from tongkuan.files import UserError, check_target, check_writable, publish, sha256_of
+from tongkuan.errors import UserError
+from tongkuan.files import check_target, check_writable, publish, sha256_of
 from tongkuan.model import TOP
 from tongkuan.processor import processor_of
 from tongkuan.records import (

@@ -1,15 +1,10 @@
-"""Items, pairs and predictions: the only file that knows JSON keys and attribute syntax.
+"""Items, pairs and predictions: the only file that knows JSON keys.
 
 A line of a user's file becomes an `Item` or a `Pair` here, checked once; an error names file and line.
 """
 
-import difflib
-import re
-import reprlib
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +12,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tongkuan.files import UserError, missing
+from tongkuan.errors import UserError, clip, nearest
+from tongkuan.rows import read_rows
 
-AttributeStyle = Literal["quoted", "published"]
-
-# The ten most frequent keys of the competition's items (arXiv 2208.11064, section on data).
-TEN_KEYS = ("颜色分类", "货号", "型号", "品牌", "尺寸", "口味", "品名", "批准文号", "系列", "尺码")
 # The judges take at most this many numbers an embedding.
 MAX_EMBEDDING = 1024
-MAX_LINE = 64 << 20  # bytes; a line is held in memory whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,34 +60,6 @@ def item_file(data_dir: Path, split: str) -> Path:
 def pair_file(data_dir: Path, split: str) -> Path:
     """Where a split's pairs lie."""
     return data_dir / f"item_{split}_pair.jsonl"
-
-
-def read_rows(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, JSON object) of a jsonl file; blank lines and a BOM are passed over.
-
-    Raises UserError for a missing file (ending in `advice`), a line that is too long, not JSON, or not an object.
-    """
-    try:
-        file = path.open("rb")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise missing(path, f"no such file; {advice}") from error
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror}); check its name and permissions") from error
-    with file:
-        for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), start=1):
-            if len(line) > MAX_LINE:
-                raise UserError(f"{path}:{number}: longer than {MAX_LINE >> 20} MB; end each record with a line end")
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not text.strip():
-                continue
-            try:
-                row = orjson.loads(text)
-            except orjson.JSONDecodeError as error:
-                detail = str(error).split(": line")[0]
-                raise UserError(f"{path}:{number}: not a JSON line ({detail}); mend or delete the line") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, found {clip(row)}; mend or delete the line")
-            yield number, row
 
 
 def read_items(path: Path, advice: str = "run ./entrypoint.sh resize, or ./entrypoint.sh demo") -> dict[str, Item]:
@@ -212,95 +175,6 @@ def pair_row(pair: Pair) -> bytes:
     """A pair line in the organiser's format."""
     label = {} if pair.label is None else {"item_label": str(pair.label)}
     return orjson.dumps({"src_item_id": pair.left, "tgt_item_id": pair.right, **label}) + b"\n"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` when something known is close, else nothing. Takes half a second at most."""
-    # Comparing two names of n letters takes up to n^3 steps: thousands of long ones are too many to look at.
-    count = 200_000_000 // max(len(word), 20) ** 3 if len(word) <= 100 else 0
-    candidates = [name for _, name in zip(range(count), known, strict=False)]
-    matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
-
-
-def clip(value: object, limit: int = 60) -> str:
-    """A user's value for an error line: quoted, on one line, not longer than `limit`, however large or deep it is."""
-    if isinstance(value, str | bytes):
-        text = repr(value[: limit + 1])
-    else:
-        short = reprlib.Repr()
-        short.maxstring = short.maxother = short.maxlong = limit
-        text = short.repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attributes and text
-
-
-def normalise(text: str) -> str:
-    """NFKC, lower case, white space runs to one blank."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
-
-
-def parse_attributes(text: str, style: AttributeStyle = "quoted") -> dict[str, list[str]]:
-    """Attribute values by key, keys and distinct values in first-seen order, all normalised.
-
-    quoted: split first, normalise after, so `:` `;` and their full-width forms inside a value survive.
-    published: as the paper's code did: drop `#`, NFKC, lower case, then split on `;` and the first `:`.
-    """
-    attributes: dict[str, dict[str, None]] = {}  # a dict keeps the order, and is quick with many values
-    if style == "published":
-        segments = [segment.partition(":") for segment in clean_as_published(text).split(";")]
-    else:
-        segments = [split_key(segment) for segment in split_segments(text)]
-    for raw_key, separator, raw_value in segments:
-        key, value = normalise(raw_key), normalise(raw_value)
-        if separator and key and value:
-            attributes.setdefault(key, {})[value] = None
-    return {key: list(values) for key, values in attributes.items()}
-
-
-def clean_as_published(text: str) -> str:
-    """The paper's cleaning, done once: drop `#`, NFKC, lower case."""
-    return unicodedata.normalize("NFKC", text.replace("#", "")).lower()
-
-
-def split_segments(text: str) -> list[str]:
-    """`key…value` segments. The strict separator wins when present; a loose `;` counts only before a new `key:`."""
-    if "#;#" in text or text.count("#:#") == 1:
-        return text.split("#;#")
-    segments: list[str] = []
-    for part in re.split(r"#?;", text):
-        if segments and ":" not in part:
-            segments[-1] += ";" + part  # a semicolon inside a value, not a separator
-        else:
-            segments.append(part)
-    return segments
-
-
-def split_key(segment: str) -> tuple[str, str, str]:
-    """(key, separator, value) at the strictest separator that the segment holds."""
-    for separator in ("#:#", "#:", ":"):
-        if separator in segment:
-            return segment.partition(separator)
-    return segment, "", ""
-
-
-def attributes_of(item: Item, style: AttributeStyle = "quoted") -> dict[str, list[str]]:
-    """Attribute values of an item by key: those of the item, then those that only its SKUs have."""
-    attributes = parse_attributes(item.item_attributes, style)
-    for key, values in parse_attributes(item.sku_attributes, style).items():
-        attributes[key] = list(dict.fromkeys([*attributes.get(key, ()), *values]))
-    return attributes
-
-
-def item_text(item: Item, keys: Sequence[str] = TEN_KEYS, style: AttributeStyle = "quoted") -> str:
-    """Title, then the values of `keys`, non-empty parts joined by `;`; several values of a key joined by `,`."""
-    title = clean_as_published(item.title) if style == "published" else normalise(item.title)
-    attributes = attributes_of(item, style)
-    parts = [title, *(",".join(attributes.get(normalise(key), [])) for key in keys)]
-    return ";".join(part for part in parts if part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

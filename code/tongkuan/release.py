@@ -24,7 +24,8 @@ from torch import Tensor
 from tongkuan.checkpoint import ModelCard, stream_model
 from tongkuan.config import ModelSettings, TextEncoder, load_settings
 from tongkuan.data import build_tokenizer
-from tongkuan.files import READ_BLOCK, UserError, check_target, missing, sha256_of
+from tongkuan.errors import UserError, missing
+from tongkuan.files import READ_BLOCK, check_target, sha256_of
 from tongkuan.model import WEIGHTS_DIR, TwoTowers, build, build_image, download, fetch, locate, text_config_of
 
 PARTS = tuple(f".part{a}{b}" for a, b in product(ascii_lowercase, repeat=2))

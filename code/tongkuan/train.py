@@ -19,19 +19,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from tongkuan.attributes import item_text
 from tongkuan.checkpoint import ModelCard, Run, save_model
 from tongkuan.config import Augmentation, Settings, TrainSettings
 from tongkuan.data import Batch, ItemStore, augment, build_tokenizer, normalised, open_store, prefetch
 from tongkuan.distributed import Ranks, StopRequests, ranks
 from tongkuan.draw import BatchDraw, Part, parts
 from tongkuan.encode import autocast, batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
+from tongkuan.errors import FaultError, UserError, clip
 from tongkuan.evaluate import labels_of
-from tongkuan.files import FaultError, UserError, check_target, check_writable, publish
+from tongkuan.files import check_target, check_writable, publish
 from tongkuan.memory import describe_memory, noting_shortage
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
 from tongkuan.processor import keep_freed_memory
-from tongkuan.records import Pair, clip, item_file, item_text, pair_file, read_items, read_pairs
+from tongkuan.records import Pair, item_file, pair_file, read_items, read_pairs
 
 WHITEN_ITEMS = 768  # enough to know their spread by, and quick
 

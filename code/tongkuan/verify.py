@@ -11,9 +11,10 @@ from typing import Any, get_args
 import orjson
 
 from tongkuan.config import DataSettings, Precision
-from tongkuan.files import UserError, missing, sha256_of
+from tongkuan.errors import UserError, clip, missing
+from tongkuan.files import sha256_of
 from tongkuan.predict import predict
-from tongkuan.records import clip, item_file, pair_file
+from tongkuan.records import item_file, pair_file
 
 # In the order in which one explains the next; what is not named here does not decide the result.
 INPUTS = ("model", "items", "pairs", "images_sha256", "encode_batch", "precision", "threshold", "device", "processor")

@@ -6,14 +6,15 @@
 from pathlib import Path
 from typing import Any
 
-from tongkuan.files import UserError, check_writable, publish
+from tongkuan.errors import UserError
+from tongkuan.files import check_writable, publish
 from tongkuan.metrics import quality_at
-from tongkuan.records import read_rows
 from tongkuan.report import charts, content, figures
 from tongkuan.report.faults import contradictions, read_sides, twins
 from tongkuan.report.page import flat, render
 from tongkuan.report.result import aligned_margins, find_items, read_manifest, read_scored
 from tongkuan.report.views import Pictures
+from tongkuan.rows import read_rows
 
 
 def report(

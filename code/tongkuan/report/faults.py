@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from tongkuan.files import PICTURE_FORMATS
+from tongkuan.pictures import PICTURE_FORMATS
 from tongkuan.processor import available_cores
 from tongkuan.records import Item, Pair, components, item_file, pair_file, read_items, read_pairs
 from tongkuan.report.views import UNREADABLE, Pictures

@@ -9,10 +9,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tongkuan.files import UserError, missing
+from tongkuan.errors import UserError, missing, nearest
 from tongkuan.judge import judged
 from tongkuan.metrics import Labels, Scores
-from tongkuan.records import Item, Pair, item_file, nearest, read_items, read_predictions
+from tongkuan.records import Item, Pair, item_file, read_items, read_predictions
 
 # How far q.q - p.p may be from the score, in shares of the largest, and still count as the two towers' score.
 TOLERANCE = 1e-6

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from tongkuan.files import PICTURE_FORMATS
-from tongkuan.records import TEN_KEYS, AttributeStyle, Item, Pair, attributes_of, normalise
+from tongkuan.attributes import TEN_KEYS, AttributeStyle, attributes_of, normalise
+from tongkuan.pictures import PICTURE_FORMATS
+from tongkuan.records import Item, Pair
 from tongkuan.report.result import Result
 
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
