@@ -40,7 +40,7 @@ from tongkuan.encode import (
     settle,
 )
 from tongkuan.model import TwoTowers, build, text_config_of
-from tongkuan.predict import predict, write_result
+from tongkuan.predict import format_rows, predict, write_result
 from tongkuan.processor import available_cores
 from tongkuan.records import Item, Pair, info_row, item_file, pair_file, pair_row, read_predictions
 
@@ -75,7 +75,7 @@ class World:
     def ours(self, model: TwoTowers, out: Path, precision: Precision = "fp32") -> dict[str, Embeddings]:
         """Decode, tokenise, encode and write."""
         embeddings = encode(model, self.store(), distinct_items(self.pairs), DataSettings(), ALONE, precision)
-        write_result(out, self.pairs, embeddings, 0.0)
+        write_result(out, format_rows(self.pairs, embeddings, 0.0))
         return embeddings
 
 
@@ -164,7 +164,7 @@ def profile_predict(made: World, precision: Precision, folder: Path) -> None:
     store.tokens = timed("tokenise", store.tokens)  # type: ignore[method-assign]
     started = time.perf_counter()
     embeddings = encode(model, store, item_ids, DataSettings(), ALONE, precision)
-    timed("write", write_result)(folder / "ours", made.pairs, embeddings, 0.0)
+    timed("write", lambda: write_result(folder / "ours", format_rows(made.pairs, embeddings, 0.0)))()
     wall = time.perf_counter() - started
     print(f"wall {wall:.2f} s; " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in spent.items()))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -230,7 +230,7 @@ def bench_write(runs: int, folder: Path) -> None:
                 file.write(f'{{"src_item_emb": "{left}", "tgt_item_emb": "{right}"}}\n')
 
     def ours() -> None:
-        write_result(folder / "ours", pairs, embeddings, 0.0)
+        write_result(folder / "ours", format_rows(pairs, embeddings, 0.0))
 
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

@@ -1,12 +1,15 @@
 """metrics.py against scikit-learn and a brute-force loop."""
 
+import itertools
+import time
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from tongkuan.metrics import average_precision, best_threshold, bootstrap, quality_at
+from tongkuan.metrics import Quality, average_precision, best_threshold, bootstrap, intervals, quality_at
 
 # Few distinct values: ties are the rule.
 CASES = st.lists(
@@ -35,6 +38,43 @@ def test_no_threshold_beats_the_best_one(case: list[tuple[float, int]]) -> None:
     cuts = [scores.min() - 1, scores.max() + 1, *((a + b) / 2 for a in scores for b in scores)]
     assert f1 == pytest.approx(max(quality_at(scores, labels, cut).f1 for cut in cuts))
     assert quality_at(scores, labels, threshold).f1 == pytest.approx(f1), "the F1 told is the F1 reached"
+
+
+HUGE, TINY = 1.7976931348623157e308, 5e-324
+CLOSE = st.floats(allow_nan=False, allow_infinity=False).flatmap(
+    lambda x: st.lists(
+        st.tuples(st.sampled_from([x, np.nextafter(x, np.inf), np.nextafter(x, -np.inf), -x]), st.integers(0, 1)),
+        min_size=1,
+        max_size=8,
+    ).map(lambda pairs: [(float(np.clip(score, -HUGE, HUGE)), label) for score, label in pairs])
+)
+
+
+@given(CLOSE)
+@example([(1.0, 1), (0.9999999999999999, 0)])  # midway rounds onto the upper
+@example([(TINY, 1), (0.0, 0), (-TINY, 0)])
+@example([(1e17, 1), (1e17, 0)])  # one less is the same double
+@example([(HUGE, 1), (-HUGE, 0)])  # their distance is no double
+@example([(-HUGE, 1), (-HUGE, 1)])  # nothing finite lies below
+def test_the_f1_told_is_reached_however_close_or_far_scores_lie(case: list[tuple[float, int]]) -> None:
+    scores, labels = arrays(case)
+    threshold, f1 = best_threshold(scores, labels)
+    assert np.isfinite(threshold) and quality_at(scores, labels, threshold).f1 == f1
+    cuts = [np.nextafter(scores.min(), -np.inf), *scores]
+    assert f1 == max(quality_at(scores, labels, cut).f1 for cut in cuts if np.isfinite(cut))
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 1)), min_size=1, max_size=30))
+def test_ordinary_thresholds_are_those_of_before_to_the_bit(case: list[tuple[float, int]]) -> None:
+    scores, labels = arrays(case)
+    distinct = np.unique(scores)
+    middle = [low + (high - low) / 2 for low, high in itertools.pairwise(distinct)]
+    if any(cut == high for cut, high in zip(middle, distinct[1:], strict=False)):
+        return  # told and reached differed
+    cuts = np.array([distinct[-1] + 1, *middle[::-1], (distinct[0] - 1) + (distinct[0] - (distinct[0] - 1)) / 2])
+    f1 = np.array([quality_at(scores, labels, cut).f1 for cut in cuts])
+    best = cuts[f1 == f1.max()]
+    assert best_threshold(scores, labels)[0] == best[np.argmin(np.abs(best))]
 
 
 def test_the_best_threshold_keeps_clear_of_every_score() -> None:
@@ -79,6 +119,39 @@ def test_a_bootstrap_interval_holds_the_figure_narrows_with_data_and_repeats() -
     few, many = interval(100), interval(2000)
     assert few[0] <= few[1] <= few[2] and many[0] <= many[1] <= many[2]
     assert many[2] - many[0] < few[2] - few[0]
+
+
+@pytest.mark.parametrize(
+    "counts", [(900, 40, 60, 4000), (5, 3, 2, 490), (3000, 0, 0, 0), (0, 7, 9, 2000), (0, 0, 0, 50), (1, 0, 400, 9)]
+)
+def test_intervals_by_counts_are_those_of_drawing_pairs(counts: tuple[int, int, int, int]) -> None:
+    quality = Quality(*counts)
+    called = np.repeat([1.0, 1.0, 0.0, 0.0], counts)
+    labels = np.repeat([1, 0, 1, 0], counts)
+    found = intervals(quality, draws=200_000)
+    for name, (low, high) in found.items():
+        figure = lambda s, y, name=name: getattr(quality_at(s, y, 0.5), name)  # noqa: E731
+        expected = bootstrap(figure, called, labels, draws=2000)
+        spread = high - low
+        assert low <= getattr(quality, name) <= high
+        # What 2,000 draws leave to chance in an end: a twentieth of the interval is four standard errors and more.
+        assert (low, high) == pytest.approx(expected, abs=1e-9 + 0.05 * spread + ratio_step(quality, name))
+    assert intervals(quality) == intervals(quality), "the same counts give the same interval"
+
+
+def ratio_step(quality: Quality, name: str) -> float:
+    """How far neighbouring values of a figure lie apart, where few counts make it coarse."""
+    wholes = {"precision": quality.true_positives + quality.false_positives}
+    whole = wholes.get(name, quality.true_positives + quality.false_negatives)
+    return 1 / max(whole, 1) if whole < 50 else 0.0
+
+
+def test_intervals_need_pairs_and_take_no_longer_for_many() -> None:
+    with pytest.raises(ValueError, match="at least one pair"):
+        intervals(Quality(0, 0, 0, 0))
+    started = time.process_time()
+    low, high = intervals(Quality(10**11, 10**10, 10**10, 10**12))["f1"]
+    assert time.process_time() - started < 1 and high - low < 1e-4
 
 
 def test_a_threshold_of_each_pairs_own_is_taken_pair_by_pair() -> None:

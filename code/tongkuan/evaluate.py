@@ -15,7 +15,7 @@ from tongkuan.data import open_store
 from tongkuan.distributed import ranks
 from tongkuan.encode import distinct_items, encode, scores_of, settle
 from tongkuan.files import check_writable
-from tongkuan.metrics import Labels, Scores, best_threshold, bootstrap, quality_at
+from tongkuan.metrics import Labels, Scores, best_threshold, intervals, quality_at
 from tongkuan.records import Pair, item_file, pair_file, read_items, read_pairs
 
 
@@ -80,7 +80,7 @@ def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]
     print(f"{'threshold':>24} {'F1':>7} {'95 % interval':>17} {'precision':>10} {'recall':>7}")
     for name, threshold in thresholds.items():
         quality = quality_at(scores, labels, threshold)
-        low, high = bootstrap(lambda s, y, cut=threshold: quality_at(s, y, cut).f1, scores, labels)  # type: ignore[misc]
+        low, high = intervals(quality)["f1"]
         figures = f"{quality.f1:7.4f} [{low:.4f}, {high:.4f}] {quality.precision:10.4f} {quality.recall:7.4f}"
         print(f"{name + f' {threshold:.4f}':>24} {figures}")
     cut, f1 = best_threshold(scores, labels)

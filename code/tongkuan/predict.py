@@ -7,6 +7,7 @@ import hashlib
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,28 @@ from tongkuan.records import (
 SIMILARITY = next(path for path in (TOP / "submit" / "similarity.py", TOP / "code" / "similarity.py") if path.is_file())
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The lines of result.jsonl in the order of the pairs, formatted anew each time they are gone through."""
+
+    pairs: Sequence[Pair]
+    texts: Mapping[str, bytes]
+    threshold: float
+
+    def __iter__(self) -> Iterator[bytes]:
+        for pair in self.pairs:
+            yield prediction_row(pair.left, self.texts[pair.left], pair.right, self.texts[pair.right], self.threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What there is to write of a split: rows, the manifest less the hashes of outputs, and lines for the user."""
+
+    rows: Rows
+    manifest: dict[str, Any]
+    notes: list[str]
+
+
 def predict(
     data_dir: Path,
     split: str,
@@ -55,61 +78,80 @@ def predict(
         check_target(submit_dir / name)
     if cache_dir is not None:
         check_writable(cache_dir)
+    found = compute(data_dir, split, model_path, settings, precision, threshold, cache_dir)
+    if found is None:
+        return
+    write_result(submit_dir / "result.jsonl", found.rows)
+    if SIMILARITY.resolve() != (submit_dir / SIMILARITY.name).resolve():
+        with publish(submit_dir / SIMILARITY.name) as file, SIMILARITY.open("rb") as source:
+            shutil.copyfileobj(source, file)
+    outputs = {"result": submit_dir / "result.jsonl", "similarity": submit_dir / "similarity.py"}
+    found.manifest["sha256"] |= {name: sha256_of(file) for name, file in outputs.items()}
+    with publish(submit_dir / "manifest.json") as file:
+        file.write(orjson.dumps(found.manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")
+    num_pairs, num_items = (found.manifest[name] for name in ("pairs", "items"))
+    print(f"{submit_dir / 'result.jsonl'}: {num_pairs} pairs, {num_items} items, threshold {found.rows.threshold:.6g}")
+    for note in found.notes:
+        print(note)
+    print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {pair_file(data_dir, split)}")
+
+
+def compute(
+    data_dir: Path,
+    split: str,
+    model_path: Path,
+    settings: DataSettings,
+    precision: Precision,
+    threshold: float | None,
+    cache_dir: Path | None = None,
+) -> Prediction | None:
+    """Encode the items of a split's pairs on all ranks; None on all but the first. Writes nothing but the cache."""
     model, card = load_model(model_path)
     items_path, pairs_path = item_file(data_dir, split), pair_file(data_dir, split)
     items = read_items(items_path)
     pairs = read_pairs(pairs_path, items, labels="optional", items_path=items_path)
     store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
-    chosen = card.threshold if threshold is None else threshold
+    item_ids = distinct_items(pairs)
     with ranks() as fellows:
-        item_ids = distinct_items(pairs)
         cache = open_cache(cache_dir, model_path, precision, fellows.device)
         if (warning := settle(model, fellows.device, precision)) and fellows.is_first:
             print(warning)
         embeddings = encode(model, store, item_ids, settings, fellows, precision, "predict", cache)
-        if not fellows.is_first:
-            return
-        write_result(submit_dir / "result.jsonl", pairs, embeddings, chosen)
-        if SIMILARITY.resolve() != (submit_dir / SIMILARITY.name).resolve():
-            with publish(submit_dir / SIMILARITY.name) as file, SIMILARITY.open("rb") as source:
-                shutil.copyfileobj(source, file)
-        inputs = {"model": model_path, "items": items_path, "pairs": pairs_path}
-        outputs = {"result": submit_dir / "result.jsonl", "similarity": submit_dir / "similarity.py"}
-        facts = {
-            "precision": precision,
-            "split": split,
-            "threshold": chosen,
-            "pairs": len(pairs),
-            "items": len(item_ids),
-            "encode_batch": batch_size(settings, card.settings, fellows.device),
-            "images_sha256": images_hash(
-                data_dir, [items[item_id] for item_id in item_ids], cache.picture_hashes if cache else {}
-            ),
-            "blank_pictures": sorted(store.unreadable),
-        }
-        write_manifest(submit_dir / "manifest.json", inputs | outputs, facts, card, fellows)
-    print(f"{submit_dir / 'result.jsonl'}: {len(pairs)} pairs, {len(item_ids)} items, threshold {chosen:.6g}")
-    if complaint := store.complaint():
-        print(complaint)
-    print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {pairs_path}")
+    if not fellows.is_first:
+        return None
+    rows = format_rows(pairs, embeddings, card.threshold if threshold is None else threshold)
+    facts = {
+        "precision": precision,
+        "split": split,
+        "threshold": rows.threshold,
+        "pairs": len(pairs),
+        "items": len(item_ids),
+        "encode_batch": batch_size(settings, card.settings, fellows.device),
+        "images_sha256": images_hash(
+            data_dir, [items[item_id] for item_id in item_ids], cache.picture_hashes if cache else {}
+        ),
+        "blank_pictures": sorted(store.unreadable),
+    }
+    inputs = {"model": model_path, "items": items_path, "pairs": pairs_path}
+    return Prediction(rows, manifest_of(inputs, facts, card, fellows), list(filter(None, [store.complaint()])))
 
 
-def write_result(path: Path, pairs: Sequence[Pair], embeddings: dict[str, Embeddings], threshold: float) -> None:
-    """One line a pair in the order of the pairs; read back before it gets its name."""
+def format_rows(pairs: Sequence[Pair], embeddings: Mapping[str, Embeddings], threshold: float) -> Rows:
+    """Rows of embeddings float32 (D,) by item. UserError when a number is not finite."""
     try:
         texts = {item_id: format_embedding(embedding) for item_id, embedding in embeddings.items()}
     except ValueError as error:
         raise UserError(f"{error}; the model is damaged or --precision is too low for it: train again") from error
+    return Rows(pairs, texts, threshold)
 
-    def rows() -> Iterator[bytes]:
-        for pair in pairs:
-            yield prediction_row(pair.left, texts[pair.left], pair.right, texts[pair.right], threshold)
 
+def write_result(path: Path, rows: Rows) -> None:
+    """One line a pair in the order of the pairs; read back before it gets its name."""
     with publish(path) as file:
-        file.writelines(tqdm(rows(), desc="write", unit="pair", total=len(pairs), disable=None))
+        file.writelines(tqdm(rows, desc="write", unit="pair", total=len(rows.pairs), disable=None))
         file.flush()
         with Path(file.name).open("rb") as written:
-            for number, (line, row) in enumerate(zip(written, rows(), strict=True), 1):
+            for number, (line, row) in enumerate(zip(written, rows, strict=True), 1):
                 if line != row:
                     raise RuntimeError(f"{path}:{number}: reads back otherwise than it was written; check the disk")
 
@@ -124,11 +166,11 @@ def images_hash(data_dir: Path, items: Sequence[Item], known: Mapping[str, str])
     return digest.hexdigest()
 
 
-def write_manifest(path: Path, files: dict[str, Path], facts: dict[str, Any], card: ModelCard, fellows: Ranks) -> None:
-    """What made this result: hashes of inputs and outputs, settings, versions. No clock, no host, no path."""
-    manifest = {
+def manifest_of(inputs: dict[str, Path], facts: dict[str, Any], card: ModelCard, fellows: Ranks) -> dict[str, Any]:
+    """What made this result: hashes of the inputs, settings, versions. No clock, no host, no path."""
+    return {
         "tongkuan": __version__,
-        "sha256": {name: sha256_of(file) for name, file in files.items()},
+        "sha256": {name: sha256_of(file) for name, file in inputs.items()},
         **facts,
         "model_settings": card.settings.model_dump(mode="json"),
         "model_facts": card.facts,
@@ -137,5 +179,3 @@ def write_manifest(path: Path, files: dict[str, Path], facts: dict[str, Any], ca
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONED},
     }
-    with publish(path) as file:
-        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")

@@ -3,17 +3,19 @@
 `./entrypoint.sh verify --submit submit --data data --model weights/model.safetensors`
 """
 
-import tempfile
+import hashlib
+import math
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
 import orjson
+from tqdm import tqdm
 
 from tongkuan.config import DataSettings, Precision
 from tongkuan.errors import UserError, clip, missing
 from tongkuan.files import sha256_of
-from tongkuan.predict import predict
+from tongkuan.predict import compute
 from tongkuan.records import item_file, pair_file
 
 # In the order in which one explains the next; what is not named here does not decide the result.
@@ -21,7 +23,10 @@ INPUTS = ("model", "items", "pairs", "images_sha256", "encode_batch", "precision
 
 
 def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
-    """Print that the result is rebuilt to the byte; else raise UserError that names every input that differs."""
+    """Print that the result is rebuilt to the byte; else raise UserError that names every input that differs.
+
+    Rows are hashed as they are formatted: nothing is written anywhere.
+    """
     path = submit_dir / "manifest.json"
     manifest = read_manifest(path)
     result = submit_dir / "result.jsonl"
@@ -37,19 +42,16 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
     for name, file in files.items():  # before hours of work; pictures are hashed on the way
         if file.is_file() and sha256_of(file) != manifest["sha256"][name]:
             raise UserError(f"{file}: another {name} file than the one of {path}; name or restore that one")
-    # What predict says of its result is not of this one.
-    with tempfile.TemporaryDirectory(prefix="tongkuan-verify-") as folder, redirect_stdout(None):
-        settings = DataSettings(encode_batch=manifest["encode_batch"])
-        predict(
-            data_dir,
-            manifest["split"],
-            model_path,
-            Path(folder),
-            settings,
-            manifest["precision"],
-            manifest["threshold"],
-        )
-        rebuilt = read_manifest(Path(folder) / "manifest.json")
+    settings = DataSettings(encode_batch=manifest["encode_batch"])
+    with redirect_stdout(None):  # advice on how to predict is not of this one
+        found = compute(data_dir, manifest["split"], model_path, settings, manifest["precision"], manifest["threshold"])
+    if found is None:
+        return
+    digest = hashlib.sha256()
+    for row in tqdm(found.rows, desc="hash", unit="pair", total=len(found.rows.pairs), disable=None):
+        digest.update(row)
+    rebuilt = found.manifest
+    rebuilt["sha256"]["result"] = digest.hexdigest()
     if rebuilt["sha256"]["result"] == manifest["sha256"]["result"]:
         print(f"{result}: rebuilt to the byte, sha256 {manifest['sha256']['result']}")
         print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {files['pairs']}")
@@ -67,7 +69,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error}); take the file that predict wrote") from error
     kinds = {"sha256": dict, "versions": dict, "split": str, "encode_batch": int, "threshold": float, "precision": str}
     found = manifest if isinstance(manifest, dict) else {}
-    wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    wrong = [name for name, kind in kinds.items() if type(found.get(name)) is not kind]
+    if not wrong and not math.isfinite(found["threshold"]):
+        wrong = ["threshold"]
     wrong += [name for name in ("model", "items", "pairs", "result") if not wrong and name not in found["sha256"]]
     if wrong or found["precision"] not in get_args(Precision) or found["encode_batch"] < 1:
         raise UserError(f"{path}: {clip(', '.join(wrong) or 'precision')} is not as predict writes it; predict again")

@@ -9,7 +9,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from tongkuan.metrics import Labels, Quality, Scores, bootstrap, quality_at
+from tongkuan.metrics import Labels, Quality, Scores, bootstrap, intervals, quality_at
 
 MAX_POINTS = 400  # of a curve: no screen shows more
 CALIBRATION_BINS = 10
@@ -27,16 +27,8 @@ class Estimate:
 
 def estimates(scores: Scores, labels: Labels, threshold: float | Scores) -> dict[str, Estimate]:
     """F1, precision and recall with bootstrap intervals; the interval of F1 is the one that `evaluate` prints."""
-    # Verdicts as scores of 0 and 1, so that a threshold of each pair's own is drawn along with its pair.
-    called = (scores > threshold).astype(np.float64)
-    found = {}
-    for name in ("f1", "precision", "recall"):
-
-        def figure(drawn: Scores, answers: Labels, name: str = name) -> float:
-            return float(getattr(quality_at(drawn, answers, 0.5), name))
-
-        found[name] = Estimate(figure(called, labels), *bootstrap(figure, called, labels))
-    return found
+    quality = quality_at(scores, labels, threshold)
+    return {name: Estimate(getattr(quality, name), *ends) for name, ends in intervals(quality).items()}
 
 
 def sweep(scores: Scores, labels: Labels) -> list[tuple[float, Quality]]:
