@@ -118,7 +118,7 @@ def test_a_strangers_similarity_that_fails_is_reported(submit: Path, code: str, 
 
 
 def test_a_similarity_that_never_ends_is_bounded(submit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tongkuan.judge.START_SECONDS", 1)
+    monkeypatch.setattr("tongkuan.guard.START_SECONDS", 1)
     (submit / "similarity.py").write_text("while True: pass", encoding="utf-8")
     with pytest.raises(UserError, match="not done after 1 s"):
         score(submit, submit.parent / "pairs.jsonl")
@@ -164,7 +164,7 @@ if not os.fork():
 def test_no_process_of_a_similarity_outlives_the_score(
     submit: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    monkeypatch.setattr("tongkuan.judge.START_SECONDS", 2)
+    monkeypatch.setattr("tongkuan.guard.START_SECONDS", 2)
     (submit / "similarity.py").write_text(HIDE + ending, encoding="utf-8")
     if ending == SIMILARITY:
         assert score(submit, submit.parent / "pairs.jsonl") == 1.0

@@ -10,8 +10,8 @@ CODE = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"errors"},
     {"files", "processor", "pictures", "rows"},
-    {"records", "distributed", "metrics"},
-    {"attributes"},
+    {"records", "distributed", "metrics", "guard_process"},
+    {"attributes", "guard"},
     {"config"},
     {"command", "ending", "model", "data", "checkpoint"},
     {"cache"},

@@ -1,6 +1,7 @@
 """metrics.py against scikit-learn and a brute-force loop."""
 
 import itertools
+import math
 import time
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_the_f1_told_is_reached_however_close_or_far_scores_lie(case: list[tuple
     scores, labels = arrays(case)
     threshold, f1 = best_threshold(scores, labels)
     assert np.isfinite(threshold) and quality_at(scores, labels, threshold).f1 == f1
-    cuts = [np.nextafter(scores.min(), -np.inf), *scores]
+    cuts = [math.nextafter(scores.min(), -math.inf), *scores]
     assert f1 == max(quality_at(scores, labels, cut).f1 for cut in cuts if np.isfinite(cut))
 
 

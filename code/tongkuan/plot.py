@@ -41,11 +41,14 @@ def plot(submit_dir: Path, pairs_path: Path, out: Path) -> None:
     if out.suffix not in (".svg", ".png") or out.is_dir():
         raise UserError(f"{out}: no name for a picture; let --out end in .svg or .png")
     check_writable(out.parent)
-    scores, labels, thresholds = judged(submit_dir, pairs_path)
-    svg = draw(scores, labels, thresholds)
+    found = judged(submit_dir, pairs_path)
+    svg = draw(found.scores, found.labels, found.thresholds)
     with publish(out) as file:
         file.write(vl_convert.svg_to_png(svg, scale=2) if out.suffix == ".png" else svg.encode())
-    print(f"{out}: {quality_at(scores, labels, thresholds)} on {len(scores)} pairs")
+    quality = quality_at(found.scores, found.labels, found.thresholds)
+    print(f"{out}: {quality} on {len(found.scores)} pairs")
+    for note in found.notes:
+        print(note)
     print(f"next: ./entrypoint.sh report --submit {submit_dir} --pairs {pairs_path}")
 
 

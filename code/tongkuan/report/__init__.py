@@ -36,9 +36,11 @@ def report(
     blank = manifest.get("blank_pictures")
     pictures = Pictures(data_dir, blank if isinstance(blank, list) else ())
     compared = None
+    notes = list(result.notes)
     if against_dir:
-        other = aligned_margins(result, read_scored(against_dir, pairs_path))
-        compared = figures.compare(result.margins, other, result.labels)
+        against = read_scored(against_dir, pairs_path)
+        compared = figures.compare(result.margins, aligned_margins(result, against), result.labels)
+        notes += [f"{named(against_dir)}: {note}" for note in against.notes if note not in notes]
     subject = content.Subject(result, items, pictures, manifest, compared)
     # First, for it finds pictures that cannot be read, and the rest counts them as missing.
     shown, images = content.encode_pictures(subject)
@@ -47,6 +49,7 @@ def report(
         **content.headline(subject),
         **content.faults(faults, twins(data_dir, pictures), pictures),
         "names": {"pairs": pairs_path.name, "submit": named(submit_dir), "against": named(against_dir)},
+        "notes": notes,
         "curves": [title for title, _ in curves],
         "manifest": flat(manifest),
         "hashes": content.hashes(submit_dir, manifest),
@@ -58,6 +61,8 @@ def report(
         file.write(page)
     quality = quality_at(result.scores, result.labels, result.thresholds)
     print(f"{out}: {quality} on {len(result.pairs)} pairs, {len(shown)} with pictures, {len(page) / 1e6:.1f} MB")
+    for note in notes:
+        print(note)
     print("next: open it in a browser; it needs no network")
 
 

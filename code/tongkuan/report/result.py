@@ -31,6 +31,8 @@ class Result:
     labels: Labels
     commodity: Scores | None
     adaptive: Scores | None
+    notes: list[str]
+    """Lines on how the scores came about."""
 
     @property
     def margins(self) -> Scores:
@@ -47,7 +49,8 @@ class Result:
 
 def read_scored(submit_dir: Path, pairs_path: Path) -> Result:
     """Check and score a result. UserError when it breaks the contract or a pair has no label."""
-    scores, labels, thresholds = judged(submit_dir, pairs_path)
+    found = judged(submit_dir, pairs_path)
+    scores, labels, thresholds = found.scores, found.labels, found.thresholds
     pairs, products = [], np.empty((2, len(scores)))
     for number, (_, row) in enumerate(read_predictions(submit_dir / "result.jsonl")):
         pairs.append(Pair(row.left, row.right, int(labels[number])))
@@ -66,6 +69,7 @@ def read_scored(submit_dir: Path, pairs_path: Path) -> Result:
         labels[surest],
         commodity[surest] if has_towers else None,
         adaptive[surest] if has_towers else None,
+        found.notes,
     )
 
 
@@ -73,7 +77,8 @@ def aligned_margins(result: Result, other: Result) -> Scores:
     """The other result's margins in the order of this one's pairs; both hold the same pairs."""
 
     def by_ids(pairs: Sequence[Pair]) -> NDArray[np.int64]:
-        order = sorted(range(len(pairs)), key=lambda number: (pairs[number].left, pairs[number].right))
+        keys = [(pair.left, pair.right, pair.label or 0) for pair in pairs]  # a pair may be listed with both labels
+        order = sorted(range(len(pairs)), key=keys.__getitem__)
         return np.array(order, dtype=np.int64)
 
     margins: Scores = np.empty(len(result.pairs))
