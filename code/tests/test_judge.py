@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,39 @@ def test_a_right_result_passes_and_scores(submit: Path, capsys: pytest.CaptureFi
 def test_rows_may_come_in_any_order(submit: Path) -> None:
     write(submit, [row(*fields) for fields in reversed(ROWS)])
     assert score(submit, submit.parent / "pairs.jsonl") == 1.0
+
+
+def both_labels(submit: Path, labels: str, thresholds: Sequence[float]) -> float:
+    """F1 of the first pair listed with these labels, its rows with these thresholds; its score is 3."""
+    ends = {"src_item_id": "a", "tgt_item_id": "b"}
+    pairs = [ends | {"item_label": label} for label in labels]
+    (submit.parent / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(pair) + b"\n" for pair in pairs))
+    write(submit, [row(*ROWS[0]) | {"threshold": threshold} for threshold in thresholds])
+    return score(submit, submit.parent / "pairs.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("labels", "thresholds", "f1"),
+    [
+        ("10", [0, 0], 2 / 3),  # both are called the same: one hit, one false alarm
+        ("01", [0, 0], 2 / 3),
+        ("10", [0, 9], 1.0),
+        ("01", [0, 9], 0.0),
+        ("1101", [0, 0, 0, 9], 4 / 6),
+    ],
+)
+def test_a_pair_listed_twice_is_scored_by_the_label_of_each_listing(
+    submit: Path, labels: str, thresholds: list[float], f1: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert both_labels(submit, labels, thresholds) == pytest.approx(f1)
+    assert "pairs.jsonl: 1 pair is listed with both labels, first ('a', 'b')" in capsys.readouterr().out
+
+
+def test_a_pair_listed_twice_with_one_label_is_no_contradiction(
+    submit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert both_labels(submit, "11", [0, 0]) == 1.0
+    assert "both labels" not in capsys.readouterr().out
 
 
 def drop_last(rows: list[dict[str, object]]) -> None:

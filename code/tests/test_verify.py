@@ -1,5 +1,6 @@
 """verify.py: a result is rebuilt to the byte, or the input that differs is named."""
 
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,19 @@ def strange_manifest(submit: Path, data: Path, model: Path) -> None:
     path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), "encode_batch": "7"}))
 
 
+def threshold_of(number: bytes) -> Callable[[Path, Path, Path], None]:
+    def change(submit: Path, data: Path, model: Path) -> None:
+        path = submit / "manifest.json"
+        path.write_bytes(path.read_bytes().replace(b'"threshold": 0.125', b'"threshold": ' + number))
+
+    return change
+
+
+def true_for_a_number(submit: Path, data: Path, model: Path) -> None:
+    path = submit / "manifest.json"
+    path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), "encode_batch": True}))
+
+
 def no_manifest(submit: Path, data: Path, model: Path) -> None:
     (submit / "manifest.json").unlink()
 
@@ -87,6 +101,10 @@ def no_manifest(submit: Path, data: Path, model: Path) -> None:
         (other_result, "not the file that"),
         (cut_manifest, "not JSON"),
         (strange_manifest, "'encode_batch' is not as predict writes it"),
+        (threshold_of(b"1e999"), "not JSON (number is infinity"),
+        (threshold_of(b"NaN"), "not JSON"),
+        (threshold_of(b"null"), "'threshold' is not as predict writes it"),
+        (true_for_a_number, "'encode_batch' is not as predict writes it"),
         (no_manifest, "no such file"),
     ],
 )
@@ -98,6 +116,19 @@ def test_what_differs_is_named_in_one_line(
         verify(*world)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_result_is_verified_where_nothing_can_be_written(
+    world: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/dev/null/none")  # no temporary folder, and no file takes a byte
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        verify(*world)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "rebuilt to the byte" in capsys.readouterr().out
 
 
 def test_a_version_that_changed_is_named() -> None:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-MAX_NOTES = 20
+MAX_NOTES = 100
 # Landlock's rights, of <linux/landlock.h>.
 WRITE_FILE, READ_FILE, READ_DIR = 2, 4, 8
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls, the same numbers on all processors
@@ -195,10 +195,12 @@ class Watch:
         """Refuse a deed on a path, unless it is allowed or reads what is not there."""
         if not isinstance(path, str | bytes | os.PathLike):  # a descriptor: what it is open on was asked before
             return
-        name = os.path.realpath(os.fsdecode(path))
+        shown = Path(os.path.normpath(Path(os.fsdecode(path)).absolute()))
+        name = str(shown)
+        with contextlib.suppress(OSError):  # a link of another's that may not be read
+            name = os.path.realpath(os.fsdecode(path))
         if is_allowed(name):
             return
-        shown = Path(os.path.normpath(Path(os.fsdecode(path)).absolute()))
         if verb == "write":  # names of temporary files are never the same
             verb, shown = "write in", shown.parent
         if shown.parts[:2] == ("/", "proc"):  # nor are numbers of processes

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import math
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
@@ -70,8 +69,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     kinds = {"sha256": dict, "versions": dict, "split": str, "encode_batch": int, "threshold": float, "precision": str}
     found = manifest if isinstance(manifest, dict) else {}
     wrong = [name for name, kind in kinds.items() if type(found.get(name)) is not kind]
-    if not wrong and not math.isfinite(found["threshold"]):
-        wrong = ["threshold"]
     wrong += [name for name in ("model", "items", "pairs", "result") if not wrong and name not in found["sha256"]]
     if wrong or found["precision"] not in get_args(Precision) or found["encode_batch"] < 1:
         raise UserError(f"{path}: {clip(', '.join(wrong) or 'precision')} is not as predict writes it; predict again")
