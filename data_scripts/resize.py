@@ -20,7 +20,7 @@ from sources import Source, find_source
 from tqdm import tqdm
 
 from tongkuan.command import DATA, RAW, Parser
-from tongkuan.errors import UserError, missing
+from tongkuan.errors import UserError, entrypoint, missing
 from tongkuan.files import check_writable, publish
 from tongkuan.pictures import UnreadableError, silence_pillow, squash
 from tongkuan.processor import keep_freed_memory
@@ -220,7 +220,7 @@ def summary(data_dir: Path, pictures: list[Picture], linked: dict[str, dict[str,
     return (
         f"pictures: {statuses} (each with its reason in {data_dir / 'ledger.jsonl'}); {unnamed:,} that no item names\n"
         f"items: {items}; {bare:,} without a picture\n"
-        f"next: ./entrypoint.sh {verb} --data {data_dir}"
+        f"next: {entrypoint(verb, '--data', data_dir)}"
     )
 
 

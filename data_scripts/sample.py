@@ -23,7 +23,7 @@ from sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal
 from tqdm import tqdm
 
 from tongkuan.command import RAW, Parser
-from tongkuan.errors import UserError
+from tongkuan.errors import UserError, entrypoint
 from tongkuan.files import check_writable, publish
 from tongkuan.records import Pair, item_file, pair_file, pair_row
 
@@ -389,5 +389,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The verb. Raises UserError for what the user can mend."""
     arguments = parser().parse_args(argv)
     print(draw(arguments.raw, arguments.products, arguments.seed))
-    print(f"next: ./entrypoint.sh resize --raw {arguments.raw}")
+    print(f"next: {entrypoint('resize', '--raw', arguments.raw)}")
     return 0

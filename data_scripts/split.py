@@ -15,7 +15,7 @@ import orjson
 from resize import HANDED_OUT
 
 from tongkuan.command import DATA, Parser
-from tongkuan.errors import UserError, missing
+from tongkuan.errors import UserError, entrypoint, missing
 from tongkuan.files import check_writable, publish
 from tongkuan.records import (
     Item,
@@ -232,7 +232,7 @@ def summary(report: dict[str, Any], data_dir: Path) -> str:
         lines.append(f"note: {reached:.3g} pairs of train to one of valid, not {asked:g}: components are not cut")
     if also := sum(report["items_also_in_test"].values()):
         lines.append(f"note: {also:,} items also occur in test")
-    lines.append(f"next: ./entrypoint.sh train --data {data_dir}")
+    lines.append(f"next: {entrypoint('train', '--data', data_dir)}")
     return "\n".join(lines)
 
 

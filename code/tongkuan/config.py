@@ -318,10 +318,10 @@ def validate(values: dict[str, Any], origins: Origins, source: str) -> Settings:
             else:
                 what = f"{name[1:-1]}: {problem['msg'].lower()}, found {clip(problem['input'])}; change it"
             problems.append(f"{where}: {what}")
-        raise UserError("\n".join(problems)) from error
+        raise UserError(*problems) from error
     problems = [f"{source}: {problem}" for problem in contradictions(settings)]
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
     return settings
 
 

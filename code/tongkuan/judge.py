@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tongkuan.errors import UserError, clip, missing
+from tongkuan.errors import UserError, clip, entrypoint, missing
 from tongkuan.metrics import Labels, Scores, quality_at
 from tongkuan.records import Pair, Prediction, read_pairs, read_predictions
 
@@ -148,7 +148,7 @@ def check(submit_dir: Path, pairs_path: Path) -> None:
     pairs = read_pairs(pairs_path, labels="optional")
     rows = read_result(submit_dir, pairs, pairs_path)
     print(f"{submit_dir / 'result.jsonl'}: {len(rows)} rows keep the contract")
-    print(f"next: ./entrypoint.sh score --submit {submit_dir} --pairs FILE_WITH_LABELS")
+    print(f"next: {entrypoint('score', '--submit', submit_dir, '--pairs', 'FILE_WITH_LABELS')}")
 
 
 def score(submit_dir: Path, pairs_path: Path) -> float:
@@ -156,7 +156,7 @@ def score(submit_dir: Path, pairs_path: Path) -> float:
     scores, labels, thresholds = judged(submit_dir, pairs_path)
     quality = quality_at(scores, labels, thresholds)
     print(f"{quality} on {len(scores)} pairs")
-    print(f"next: ./entrypoint.sh report --submit {submit_dir} --pairs {pairs_path}")
+    print(f"next: {entrypoint('report', '--submit', submit_dir, '--pairs', pairs_path)}")
     return quality.f1
 
 

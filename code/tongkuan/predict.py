@@ -21,7 +21,7 @@ from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
 from tongkuan.distributed import Ranks, ranks
 from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, settle
-from tongkuan.errors import UserError
+from tongkuan.errors import UserError, entrypoint
 from tongkuan.files import check_target, check_writable, publish, sha256_of
 from tongkuan.model import TOP
 from tongkuan.processor import processor_of
@@ -91,7 +91,7 @@ def predict(
     print(f"{submit_dir / 'result.jsonl'}: {len(pairs)} pairs, {len(item_ids)} items, threshold {chosen:.6g}")
     if complaint := store.complaint():
         print(complaint)
-    print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {pairs_path}")
+    print(f"next: {entrypoint('check', '--submit', submit_dir, '--pairs', pairs_path)}")
 
 
 def write_result(path: Path, pairs: Sequence[Pair], embeddings: dict[str, Embeddings], threshold: float) -> None:

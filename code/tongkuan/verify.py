@@ -11,7 +11,7 @@ from typing import Any, get_args
 import orjson
 
 from tongkuan.config import DataSettings, Precision
-from tongkuan.errors import UserError, clip, missing
+from tongkuan.errors import UserError, clip, entrypoint, missing
 from tongkuan.files import sha256_of
 from tongkuan.predict import predict
 from tongkuan.records import item_file, pair_file
@@ -52,7 +52,7 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
         rebuilt = read_manifest(Path(folder) / "manifest.json")
     if rebuilt["sha256"]["result"] == manifest["sha256"]["result"]:
         print(f"{result}: rebuilt to the byte, sha256 {manifest['sha256']['result']}")
-        print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {files['pairs']}")
+        print(f"next: {entrypoint('check', '--submit', submit_dir, '--pairs', files['pairs'])}")
         return
     raise UserError(f"{result}: rebuilt otherwise; {explain(manifest, rebuilt)}")
 
