@@ -31,6 +31,10 @@ class FaultError(ToldError):
     """Something that went wrong on the way, whoever caused it. Its text is one line, as UserError's. Exit code 1."""
 
 
+class LostError(FaultError):
+    """Another rank has ended and this one cannot go on: what ended that one is the cause."""
+
+
 def no_room(error: BaseException) -> int:
     """The number of a full disk's error, else 0. Writers in C++ and Rust hide it in their text or behind it."""
     if isinstance(error, OSError):
