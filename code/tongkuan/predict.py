@@ -60,7 +60,7 @@ def predict(
     items = read_items(items_path)
     pairs = read_pairs(pairs_path, items, labels="optional", items_path=items_path)
     store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
-    chosen = card.threshold if threshold is None else threshold
+    chosen = float(card.threshold if threshold is None else threshold)
     with ranks() as fellows:
         item_ids = distinct_items(pairs)
         cache = open_cache(cache_dir, model_path, precision, fellows.device)
