@@ -3,7 +3,6 @@
 A line of a user's file becomes an `Item` or a `Pair` here, checked once; an error names file and line.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,8 +204,8 @@ def read_predictions(path: Path) -> Iterator[tuple[str, Prediction]]:
     for number, row in read_rows(path, "run ./entrypoint.sh predict"):
         where = f"{path}:{number}"
         threshold = row.get("threshold")
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
-            raise UserError(f"{where}: threshold must be a finite number, found {clip(threshold)}; predict again")
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+            raise UserError(f"{where}: threshold must be a number, found {clip(threshold)}; predict again")
         left, right = (text_field(row, key, where) for key in ("src_item_id", "tgt_item_id"))
         yield (
             where,
