@@ -58,7 +58,7 @@ make_venv() { # one at a time; who waited finds it made
 run_tests() { # [PYTEST_ARGUMENT...]
     types=  # global: the trap outlives this function
     local argument config=$top/code/pyproject.toml tests=("$top/code/tests") workers cache mypy_cache status=0
-    workers=(--numprocesses "$(nproc)" --dist worksteal)
+    workers=(--numprocesses "$("$python" -P "$top/code/tongkuan/processor.py")" --dist worksteal)
     if [[ -n ${venv:-} ]]; then
         cache=$venv/cache mypy_cache=$venv/cache/mypy
     else # in the image nothing outlives the container, and /dev/shm is small

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import get_args
 
 from ledger import SPLITS
-from resize import count
 from rich.cells import cell_len
 from tqdm import tqdm
 
 from tongkuan.attributes import TEN_KEYS, AttributeStyle, attributes_of, normalise
-from tongkuan.command import DATA, Parser
+from tongkuan.command import DATA, Parser, Whole
 from tongkuan.errors import UserError, clip, missing
 from tongkuan.records import Item, Pair, item_file, pair_file, read_items, read_pairs
 
@@ -174,7 +173,7 @@ def parser() -> Parser:
     options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"what resize made (default {DATA})")
     options.add_argument("--raw", type=Path, metavar="DIR", help="the organiser's files instead")
     options.add_argument("--split", action="append", default=[], metavar="S", help="may be repeated (default: all)")
-    options.add_argument("--top", type=count, default=20, metavar="N", help="keys to show (default 20)")
+    options.add_argument("--top", type=Whole(1, 4096), default=20, metavar="N", help="keys to show (default 20)")
     styles = get_args(AttributeStyle)
     options.add_argument("--attributes", choices=styles, default="quoted", help="how to read them (default quoted)")
     return options

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
 
 from tongkuan.command import RAW, Parser
-from tongkuan.errors import NO_ROOM, FaultError, UserError, unwritable
+from tongkuan.errors import NO_ROOM, FaultError, UserError, entrypoint, unwritable
 from tongkuan.files import READ_BLOCK, check_writable, sha256_of, sync_folder
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
@@ -107,7 +107,7 @@ def checked(wanted: list[Wanted], have: Collection[str], problems: list[str], no
             where = next(places[name] for name in parts[::-1] if name in places)
             problems.append(f"{where}: {archive}.part{gap[1]} is missing before {gap[0]}; add it")
     if problems or not wanted:
-        raise UserError("\n".join(problems or [nothing]))
+        raise UserError(*(problems or [nothing]))
     return wanted
 
 
@@ -269,7 +269,7 @@ def download(raw_dir: Path, wanted: Sequence[Wanted], patience: Patience) -> str
     places = {name: (name, f"{name}.partaa", name.removesuffix(".zip")) for name in NAMES}
     if absent := [name for name in NAMES if not any((raw_dir / place).exists() for place in places[name])]:
         done.append(f"not there yet: {', '.join(absent)}")
-    return f"{raw_dir}: {'; '.join(done)}\nnext: ./entrypoint.sh resize --raw {raw_dir}"
+    return f"{raw_dir}: {'; '.join(done)}\nnext: {entrypoint('resize', '--raw', raw_dir)}"
 
 
 def parser() -> Parser:
@@ -287,7 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The verb. Raises UserError for what the user can mend."""
     arguments = parser().parse_args(argv)
     if arguments.folder and arguments.folder.resolve() == arguments.raw.resolve():
-        raise UserError(f"{arguments.raw}: both --from and --raw; run ./entrypoint.sh resize --raw {arguments.raw}")
+        advice = entrypoint("resize", "--raw", arguments.raw)
+        raise UserError(f"{arguments.raw}: both --from and --raw; run {advice}")
     have = Record(arguments.raw).whole()
     wanted = find_files(arguments.folder, have) if arguments.folder else read_list(arguments.urls, have)
     print(download(arguments.raw, wanted, Patience()))

@@ -19,11 +19,11 @@ from ledger import SPLITS, STATUSES, Picture, Records, assign_names, link_pictur
 from sources import Source, find_source
 from tqdm import tqdm
 
-from tongkuan.command import DATA, RAW, Parser
-from tongkuan.errors import UserError, missing
+from tongkuan.command import DATA, RAW, Parser, Whole
+from tongkuan.errors import UserError, entrypoint, missing
 from tongkuan.files import check_writable, publish
 from tongkuan.pictures import UnreadableError, silence_pillow, squash
-from tongkuan.processor import keep_freed_memory
+from tongkuan.processor import available_cores, keep_freed_memory
 from tongkuan.records import info_row, item_file, pair_file, pair_row, parse_item, read_items, read_pairs
 from tongkuan.rows import read_rows
 
@@ -220,19 +220,12 @@ def summary(data_dir: Path, pictures: list[Picture], linked: dict[str, dict[str,
     return (
         f"pictures: {statuses} (each with its reason in {data_dir / 'ledger.jsonl'}); {unnamed:,} that no item names\n"
         f"items: {items}; {bare:,} without a picture\n"
-        f"next: ./entrypoint.sh {verb} --data {data_dir}"
+        f"next: {entrypoint(verb, '--data', data_dir)}"
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-def count(text: str) -> int:
-    """A whole number from 1 to 4096, for argparse."""
-    if not 1 <= int(text) <= 4096:
-        raise ValueError
-    return int(text)
 
 
 def parser() -> Parser:
@@ -241,9 +234,11 @@ def parser() -> Parser:
     options = Parser("resize", "Pictures, items and pairs in the form train reads.", example)
     options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"the organiser's files (default {RAW})")
     options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"to fill (default {DATA})")
-    options.add_argument("--size", type=count, default=384, metavar="N", help="pixels a side (default 384)")
-    workers = len(os.sched_getaffinity(0))
-    options.add_argument("--workers", type=count, default=workers, metavar="N", help="processes (default: one a core)")
+    options.add_argument("--size", type=Whole(1, 4096), default=384, metavar="N", help="pixels a side (default 384)")
+    workers = available_cores()
+    options.add_argument(
+        "--workers", type=Whole(1, 4096), default=workers, metavar="N", help="processes (default: one a core)"
+    )
     return options
 
 

@@ -22,13 +22,14 @@ from PIL import Image, ImageDraw, ImageFilter
 from sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
 from tqdm import tqdm
 
-from tongkuan.command import RAW, Parser
-from tongkuan.errors import UserError
+from tongkuan.command import RAW, Parser, Whole
+from tongkuan.errors import UserError, entrypoint
 from tongkuan.files import check_writable, publish
+from tongkuan.options import NUM_PRODUCTS
 from tongkuan.records import Pair, item_file, pair_file, pair_row
 
 PRODUCTS = 1500  # by default
-FEWEST_PRODUCTS = 24  # six families of four: one of each kind for each split
+SEED = Whole(0, 2**63 - 1)
 ITEMS_A_PRODUCT = (4, 6)  # from, to
 POSITIVE_SHARE = 0.42  # of the pairs
 SIBLING_SHARE = 0.5  # of the negative pairs; the others join two families
@@ -64,12 +65,6 @@ def generator(seed: int, *stream: int) -> Rng:
 
 def plan(products: int = PRODUCTS, seed: int = 0) -> Catalogue:
     """The catalogue without its pictures: quick, and the same for the same arguments."""
-    if products < FEWEST_PRODUCTS:
-        raise UserError(
-            f"--products {products}: too few for siblings in every split; ask for {FEWEST_PRODUCTS} or more"
-        )
-    if seed < 0:
-        raise UserError(f"--seed {seed}: must not be negative; use 0, 1, 2 …")
     rng = generator(seed, 0)
     ids, names, suffixes = opaque_ids(rng), opaque_names(rng), deal(rng, SUFFIXES)
     listings: dict[str, list[Listing]] = {split: [] for split in FAULTS}
@@ -380,8 +375,14 @@ def parser() -> Parser:
     about = "A sample catalogue drawn by code, in the organiser's raw format."
     options = Parser("sample", about, "./entrypoint.sh sample --raw runs/sample/raw --products 60")
     options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"to fill (default {RAW})")
-    options.add_argument("--products", type=int, default=PRODUCTS, metavar="N", help=f"how many (default {PRODUCTS})")
-    options.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (default 0)")
+    options.add_argument(
+        "--products",
+        type=NUM_PRODUCTS,
+        default=PRODUCTS,
+        metavar="N",
+        help=f"how many (default {PRODUCTS})",
+    )
+    options.add_argument("--seed", type=SEED, default=0, metavar="N", help="same seed, same bytes (default 0)")
     return options
 
 
@@ -389,5 +390,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The verb. Raises UserError for what the user can mend."""
     arguments = parser().parse_args(argv)
     print(draw(arguments.raw, arguments.products, arguments.seed))
-    print(f"next: ./entrypoint.sh resize --raw {arguments.raw}")
+    print(f"next: {entrypoint('resize', '--raw', arguments.raw)}")
     return 0

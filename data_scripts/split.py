@@ -14,8 +14,8 @@ from typing import Any
 import orjson
 from resize import HANDED_OUT
 
-from tongkuan.command import DATA, Parser
-from tongkuan.errors import UserError, missing
+from tongkuan.command import DATA, Parser, Real, Whole
+from tongkuan.errors import UserError, entrypoint, missing
 from tongkuan.files import check_writable, publish
 from tongkuan.records import (
     Item,
@@ -32,6 +32,7 @@ from tongkuan.records import (
 from tongkuan.rows import read_rows
 
 SIDES = ("train", "valid")
+RATIO, SEED = Real(above=0), Whole(-(2**63), 2**63 - 1)
 ADVICE = "run ./entrypoint.sh resize first, or ./entrypoint.sh demo"
 
 
@@ -232,15 +233,8 @@ def summary(report: dict[str, Any], data_dir: Path) -> str:
         lines.append(f"note: {reached:.3g} pairs of train to one of valid, not {asked:g}: components are not cut")
     if also := sum(report["items_also_in_test"].values()):
         lines.append(f"note: {also:,} items also occur in test")
-    lines.append(f"next: ./entrypoint.sh train --data {data_dir}")
+    lines.append(f"next: {entrypoint('train', '--data', data_dir)}")
     return "\n".join(lines)
-
-
-def positive(text: str) -> float:
-    """A finite number above 0, for argparse."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
 
 
 def parser() -> Parser:
@@ -248,8 +242,8 @@ def parser() -> Parser:
     example = "./entrypoint.sh split --data runs/demo/data"
     options = Parser("split", "Item-disjoint train and validation pairs.", example)
     options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"what resize made (default {DATA})")
-    options.add_argument("--ratio", type=positive, default=5.6, metavar="R", help="train to valid pairs (default 5.6)")
-    options.add_argument("--seed", type=int, default=0, metavar="N", help="among components of a size (default 0)")
+    options.add_argument("--ratio", type=RATIO, default=5.6, metavar="R", help="train to valid pairs (default 5.6)")
+    options.add_argument("--seed", type=SEED, default=0, metavar="N", help="among components of a size (default 0)")
     return options
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 CODE = Path(__file__).resolve().parents[1]
 # A module may import those of the lines above its own, and of its own line only where it says so.
 LAYERS = [
-    {"errors"},
-    {"files", "processor", "pictures", "rows"},
-    {"records", "distributed", "metrics", "guard_process"},
-    {"attributes", "guard"},
+    {"errors", "terminal"},
+    {"files", "processor", "pictures", "rows", "group"},
+    {"records", "distributed", "metrics", "command", "guard_process"},
+    {"attributes", "launch", "options", "guard"},
     {"config"},
-    {"command", "ending", "model", "data", "checkpoint"},
+    {"ending", "model", "data", "checkpoint"},
     {"cache"},
     {"encode"},
     {"memory", "draw"},

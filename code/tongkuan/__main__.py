@@ -9,63 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tongkuan.command import DATA, Parser
+from tongkuan import options
+from tongkuan.command import Parser
 from tongkuan.ending import report_error, stop
-from tongkuan.errors import UserError, clip, nearest
+from tongkuan.errors import UserError, clip, entrypoint, nearest
+from tongkuan.group import alone, awaited, find_place, forget, is_own_rank
+from tongkuan.terminal import close_streams, open_streams, say
 
 DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
-PRESET = "ccks2022-63"
-MODEL = Path("weights/model.safetensors")
+FEW_RANKS = 16  # so many may be asked for on any machine without GPUs
 
 Arguments = argparse.Namespace
-
-
-def add_model_options(parser: argparse.ArgumentParser, split: str) -> None:
-    """Options of the verbs that run a trained model."""
-    parser.add_argument(
-        "--data", type=Path, default=DATA, metavar="DIR", help=f"item files and images/ (default {DATA})"
-    )
-    parser.add_argument("--split", default=split, metavar="S", help=f"which item files (default {split})")
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the model (default {MODEL})")
-    parser.add_argument("--threshold", type=float, metavar="T", help="instead of the model's own")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoders (default fp32)"
-    )
-    parser.add_argument("--encode-batch", type=int, metavar="N", help="items a batch (default: by device and picture)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings: a killed run goes on from them")
-    add_nproc(parser)
-
-
-def add_nproc(parser: argparse.ArgumentParser) -> None:
-    """Ranks; every GPU by itself."""
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks (default: one a GPU, one without)")
-
-
-def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """Say what would be done."""
-    parser.add_argument("--dry-run", action="store_true", help="only the plan: counts, memory and, by a probe, time")
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default=PRESET, metavar="P", help=f"a name or a YAML file (default {PRESET})")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.steps=500")
 
 
 def run_settings(arguments: Arguments) -> None:
     from tongkuan.config import describe, resolve
 
     print(describe(resolve(arguments.preset, arguments.overrides)))
-    print(f"# next: ./entrypoint.sh train --preset {arguments.preset}")
-
-
-def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default=PRESET, metavar="P", help=f"a name or a YAML file (default {PRESET})")
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"what split made (default {DATA})")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="checkpoints and curves (default runs/PRESET)")
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the best one (default {MODEL})")
-    add_nproc(parser)
-    add_dry_run(parser)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.steps=500")
+    print(f"# next: {entrypoint('train', '--preset', arguments.preset)}")
 
 
 def run_train(arguments: Arguments) -> None:
@@ -83,17 +44,6 @@ def run_train(arguments: Arguments) -> None:
     train(settings, arguments.data, run_dir, arguments.model)
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a released .pth, whole or in parts, to import")
-    parser.add_argument(
-        "--preset", default=PRESET, metavar="P", help=f"its recipe, or whose encoders to fetch (default {PRESET})"
-    )
-    parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="config.json and vocab.txt of its texts")
-    parser.add_argument("--threshold", type=float, default=0.0, metavar="T", help="of the imported model (default 0)")
-    parser.add_argument("--out", type=Path, default=MODEL, metavar="FILE", help=f"the imported model (default {MODEL})")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.image.size=224")
-
-
 def run_weights(arguments: Arguments) -> None:
     from tongkuan.release import fetch_encoders, import_release
 
@@ -102,10 +52,6 @@ def run_weights(arguments: Arguments) -> None:
         fetch_encoders(preset, overrides)
         return
     import_release(arguments.model, arguments.out, preset, overrides, arguments.text_encoder, arguments.threshold)
-
-
-def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser, "valid")
 
 
 def run_evaluate(arguments: Arguments) -> None:
@@ -122,12 +68,6 @@ def run_evaluate(arguments: Arguments) -> None:
         arguments.threshold,
         arguments.cache,
     )
-
-
-def add_predict(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser, "test")
-    add_submit(parser)
-    add_dry_run(parser)
 
 
 def run_predict(arguments: Arguments) -> None:
@@ -152,29 +92,10 @@ def run_predict(arguments: Arguments) -> None:
     )
 
 
-def add_verify(parser: argparse.ArgumentParser) -> None:
-    add_submit(parser)
-    parser.add_argument(
-        "--data", type=Path, default=DATA, metavar="DIR", help=f"item files and images/ (default {DATA})"
-    )
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the model (default {MODEL})")
-
-
 def run_verify(arguments: Arguments) -> None:
     from tongkuan.verify import verify
 
     verify(arguments.submit, arguments.data, arguments.model)
-
-
-def add_submit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--submit", type=Path, default=Path("submit"), metavar="DIR", help="the result (default submit)"
-    )
-
-
-def add_judge(parser: argparse.ArgumentParser) -> None:
-    add_submit(parser)
-    parser.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="the pairs that were predicted")
 
 
 def run_check(arguments: Arguments) -> None:
@@ -189,25 +110,10 @@ def run_score(arguments: Arguments) -> None:
     score(arguments.submit, arguments.pairs)
 
 
-def add_plot(parser: argparse.ArgumentParser) -> None:
-    add_judge(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".svg or .png (default SUBMIT/scores.svg)")
-
-
 def run_plot(arguments: Arguments) -> None:
     from tongkuan.plot import plot
 
     plot(arguments.submit, arguments.pairs, arguments.out or arguments.submit / "scores.svg")
-
-
-def add_report(parser: argparse.ArgumentParser) -> None:
-    add_judge(parser)
-    parser.add_argument(
-        "--data", type=Path, default=DATA, metavar="DIR", help=f"item files and images/ (default {DATA})"
-    )
-    parser.add_argument("--run", type=Path, metavar="DIR", help="a training run: adds its curves")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="another result of these pairs to compare with")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".html (default SUBMIT/report.html)")
 
 
 def run_report(arguments: Arguments) -> None:
@@ -215,20 +121,6 @@ def run_report(arguments: Arguments) -> None:
 
     out = arguments.out or arguments.submit / "report.html"
     report(arguments.submit, arguments.pairs, arguments.data, out, arguments.run, arguments.against)
-
-
-def add_explain(parser: argparse.ArgumentParser) -> None:
-    help_of_pair = "two item_ids (default: the split's first pair)"
-    parser.add_argument("--pair", nargs=2, metavar=("A", "B"), help=help_of_pair)
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"items and images/ (default {DATA})")
-    parser.add_argument("--split", default="test", metavar="S", help="which item file (default test)")
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"the model (default {MODEL})")
-    parser.add_argument("--threshold", type=float, metavar="T", help="instead of the model's own")
-    precisions, help_of_precision = ("fp32", "bf16", "fp16"), "of the encoders (default fp32)"
-    parser.add_argument("--precision", choices=precisions, default="fp32", help=help_of_precision)
-    parser.add_argument("--grid", type=int, default=8, metavar="N", help="N x N patches of a picture (default 8)")
-    out = Path("submit/explain.html")
-    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"the page (default {out})")
 
 
 def run_explain(arguments: Arguments) -> None:
@@ -246,19 +138,11 @@ def run_explain(arguments: Arguments) -> None:
     )
 
 
-def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="its folder (default runs/demo)"
-    )
-    parser.add_argument("--products", type=int, metavar="N", help="of the catalogue (default: sample's)")
-    parser.add_argument("--ablation", action="store_true", help="also train on text alone and on pictures alone")
-    add_nproc(parser)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as train.steps=500")
-
-
 def run_demo(arguments: Arguments) -> None:
     from tongkuan.demo import demo
 
+    if arguments.nproc is not None:
+        num_ranks(arguments.nproc)  # refused now rather than by a step of it
     demo(arguments.run, arguments.overrides, arguments.ablation, arguments.nproc, arguments.products, main)
 
 
@@ -283,60 +167,65 @@ VERBS = {
     "settings": Verb(
         "all settings of a preset, and where each value comes from",
         "settings --preset demo train.steps=500",
-        add_settings,
+        options.add_settings,
         run_settings,
     ),
     "weights": Verb(
         "import a released checkpoint, or fetch a preset's encoders ahead",
         "weights --preset small",
-        add_weights,
+        options.add_weights,
         run_weights,
     ),
     "train": Verb(
         "train a model; the same command resumes",
         f"train --preset demo {DEMO_DATA} --run runs/mine --model runs/mine/model.safetensors train.steps=200",
-        add_train,
+        options.add_train,
         run_train,
     ),
     "evaluate": Verb(
         "precision, recall and F1 of a model on labelled pairs",
         f"evaluate {DEMO_DATA} {DEMO_MODEL}",
-        add_evaluate,
+        options.add_evaluate,
         run_evaluate,
     ),
     "predict": Verb(
         "write submit/result.jsonl",
         f"predict {DEMO_DATA} {DEMO_MODEL} --submit runs/mine/submit",
-        add_predict,
+        options.add_predict,
         run_predict,
     ),
     "verify": Verb(
         "predict again from manifest.json and compare to the byte",
         f"verify {DEMO_DATA} {DEMO_MODEL} {SUBMITTED}",
-        add_verify,
+        options.add_verify,
         run_verify,
     ),
-    "check": Verb("hold a result against the judges' contract", f"check {SUBMITTED} {PAIRS}", add_judge, run_check),
-    "score": Verb("the judges' F1 of a result", f"score {SUBMITTED} {ANSWERS}", add_judge, run_score),
+    "check": Verb(
+        "hold a result against the judges' contract", f"check {SUBMITTED} {PAIRS}", options.add_judge, run_check
+    ),
+    "score": Verb("the judges' F1 of a result", f"score {SUBMITTED} {ANSWERS}", options.add_judge, run_score),
     "plot": Verb(
-        "draw the scores of same and different pairs of a result", f"plot {SUBMITTED} {ANSWERS}", add_plot, run_plot
+        "draw the scores of same and different pairs of a result",
+        f"plot {SUBMITTED} {ANSWERS}",
+        options.add_plot,
+        run_plot,
     ),
     "report": Verb(
         "one page of a result: figures, curves, a slider, pairs with pictures",
         f"report {SUBMITTED} {ANSWERS} {DEMO_DATA} --run runs/demo/train",
-        add_report,
+        options.add_report,
         run_report,
     ),
     "explain": Verb(
         "one page of a pair: what its verdict rests on, by taking parts away",
         f"explain {DEMO_DATA} {DEMO_MODEL} --out runs/mine/explain.html",
-        add_explain,
+        options.add_explain,
         run_explain,
     ),
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
         "demo --run runs/quick --products 60 train.steps=100",
-        add_demo,
+        options.add_demo,
         run_demo,
     ),
 }
@@ -395,12 +284,14 @@ def main(argv: Sequence[str]) -> int:
         print(usage())
         return 0
     name, *rest = argv
+    if name not in RANKED:
+        forget()
     if name in SCRIPTS:
         return int(script(name).main(rest))
     parser = parser_of(name)
     arguments = parser.parse_intermixed_args(rest)
     if name in RANKED and (count := num_ranks(arguments.nproc)) > 1:
-        from tongkuan.distributed import launch
+        from tongkuan.launch import launch
 
         return launch(count, argv)
     VERBS[name].run(arguments)
@@ -408,25 +299,50 @@ def main(argv: Sequence[str]) -> int:
 
 
 def num_ranks(asked: int | None) -> int:
-    """How many ranks to start from here: 1 within a rank, else as asked, else one a GPU."""
-    from tongkuan.distributed import is_launched
+    """How many ranks to start from here: 1 as a rank of a group, else as asked, else one a GPU.
 
-    if is_launched():
+    Raises UserError when the machine has too few GPUs, or when the environment names a group and the user a number.
+    """
+    if is_own_rank():
         return 1
-    if asked is not None:
-        return asked
+    place = find_place()
+    if place.count > 1:
+        if asked is not None:
+            group = f"the environment's WORLD_SIZE={place.count} would join ranks that others start"
+            raise UserError(f"--nproc {asked} starts ranks of its own, {group}; leave out --nproc, or {alone()}")
+        if place.local_rank == 0:
+            say(f"tongkuan: {awaited(place)}")
+        return 1
+    if asked == 1 or (asked is None and place.has_launcher):
+        return 1
     import torch
 
-    return torch.cuda.device_count()
+    from tongkuan.processor import available_cores
+
+    gpus = torch.cuda.device_count()
+    if asked is None:
+        return gpus
+    most = gpus or max(FEW_RANKS, available_cores())
+    if asked > most:
+        reason = f"{gpus} to be seen, and a rank takes one" if gpus else "without a GPU"
+        raise UserError(f"--nproc {asked}: more than {most} ranks ({reason}); ask for at most {most}")
+    return asked
 
 
 def run() -> int:
-    """main, with exceptions turned into exit codes: 2 for the user's errors, 1 for ours, 130 and 143 on signals."""
+    """main, with exceptions turned into exit codes: 2 for the user's errors, 1 for ours, 130 and 143 on signals.
+
+    141 when who read the output has gone.
+    """
+    open_streams()
     signal.signal(signal.SIGTERM, stop)
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except (Exception, KeyboardInterrupt) as error:
-        return report_error(error, sys.argv[1])
+        code = report_error(error, sys.argv[1] if len(sys.argv) > 1 else "")
+    return close_streams(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 The resolved settings travel in the checkpoint; `predict` reads the model's from there and nowhere else.
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +13,51 @@ from typing import Annotated, Any, Literal
 import orjson
 import pydantic
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tongkuan.attributes import TEN_KEYS, AttributeStyle
+from tongkuan.command import REAL, WHOLE
 from tongkuan.errors import UserError, clip, nearest
 
 MAX_PRESET = 100_000  # bytes
+INTEGER = "tag:yaml.org,2002:int"
 PRESET_DIR = Path(__file__).resolve().parents[1] / "presets"
 Precision = Literal["fp32", "bf16", "fp16"]
 Inputs = Literal["both", "text", "image"]
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Scalar = bool | int | float | str
+
+
+def as_number(value: object) -> object:
+    """The number that a value stands for: YAML has 1e-4 as a text. Texts of another form, yes and no stand for none."""
+    if isinstance(value, bool) or (isinstance(value, str) and not REAL.fullmatch(value)):
+        raise ValueError("input should be a number, written as 3, 0.5 or 1e-3")
+    if isinstance(value, str):
+        return int(value) if WHOLE.fullmatch(value) else float(value)
+    return value
+
+
+def finite_throughout(value: Any) -> Any:
+    """A value of any depth, none of whose numbers is infinite or no number."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    for part in parts:
+        finite_throughout(part)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("input should hold finite numbers")
+    return value
+
+
+Number = BeforeValidator(as_number)
+# Wide of what anybody needs, and narrow enough for arithmetic, memory and model files to hold.
+Count = Annotated[int, Number, Field(ge=1, le=10**9)]  # of steps
+CountOrZero = Annotated[int, Number, Field(ge=0, le=10**9)]
+Size = Annotated[int, Number, Field(ge=1, le=65_536)]
+Threads = Annotated[int, Number, Field(ge=1, le=4096)]
+Share = Annotated[float, Number, Field(ge=0, le=1)]
+Moment = Annotated[float, Number, Field(ge=0, lt=1)]
+Rate = Annotated[float, Number, Field(gt=0, le=1000)]
+RateOrZero = Annotated[float, Number, Field(ge=0, le=1000)]
+Mean = Annotated[float, Number, Field(ge=-1000, le=1000)]
+Deviation = Annotated[float, Number, Field(ge=1e-6, le=1000)]
 
 
 class Section(pydantic.BaseModel):
@@ -36,9 +71,9 @@ class TextEncoder(Section):
 
     weights: str = "random"
     """hub:NAME, folder:DIR, package:NAME/FOLDER, or random (then `config` names the sizes)."""
-    config: dict[str, Scalar] = {"model_type": "bert"}
+    config: Annotated[dict[str, Scalar], BeforeValidator(finite_throughout)] = {"model_type": "bert"}
     """Fields of the transformers configuration that replace the encoder's own."""
-    max_tokens: Positive = 140
+    max_tokens: Size = 140
     """Longer texts are cut; [CLS] and [SEP] count."""
 
 
@@ -49,13 +84,13 @@ class ImageEncoder(Section):
     """timm's name of the network."""
     weights: str = "random"
     """hub:NAME, folder:FILE, package:NAME/FILE, or random."""
-    size: Positive = 384
+    size: Size = 384
     """Pixels a side; pictures are squashed to it, bicubic."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[Mean, Mean, Mean] = (0.485, 0.456, 0.406)
     """Of RGB / 255, taken off; ImageNet's by default."""
-    deviation: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    deviation: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     """Of RGB / 255, divided by."""
-    arguments: dict[str, Any] = {}
+    arguments: Annotated[dict[str, Any], BeforeValidator(finite_throughout)] = {}
     """Further arguments of timm.create_model."""
 
 
@@ -64,7 +99,7 @@ class ModelSettings(Section):
 
     inputs: Inputs = "both"
     """text and image, or one alone (for the ablation)."""
-    embedding_size: Annotated[int, Field(ge=1, le=512)] = 512
+    embedding_size: Annotated[int, Number, Field(ge=1, le=512)] = 512
     """Numbers a tower; the submitted embedding has twice as many, at most 1,024."""
     attributes: AttributeStyle = "quoted"
     """quoted: split, then normalise. published: normalise, then split, as the paper's code did."""
@@ -92,45 +127,45 @@ class Augmentation(Section):
 class TrainSettings(Section):
     """How the towers learn (published values: arXiv 2208.11064, run 63)."""
 
-    steps: Positive = 100_000
+    steps: Count = 100_000
     """Optimiser steps."""
-    pairs: Positive = 8
+    pairs: Size = 8
     """Pairs a step, over all ranks and accumulated parts: the global batch."""
-    accumulate: Positive = 1
+    accumulate: Size = 1
     """Parts that a rank's share of the batch is run in, one after another."""
     precision: Precision = "fp32"
     """Arithmetic of the encoders; weights and loss stay fp32. fp16 is for GPUs: a CPU takes ten times as long."""
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """Of a rank on a CPU; empty: its share of the cores. Their number changes the last bits of the weights."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-6
+    learning_rate: Rate = 2e-6
     """Adam's, at its peak."""
-    image_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    image_learning_rate: Rate | None = None
     """Of the image encoders; learning_rate when empty."""
-    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    head_learning_rate: Rate | None = None
     """Of the two linear layers; learning_rate when empty."""
-    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
+    final_learning_rate: RateOrZero = 1e-7
     """Where the cosine ends."""
     draw: Literal["random", "component"] = "random"
     """random: as published. component: pairs that share items meet in a batch, so fewer items are encoded."""
     whiten: bool = False
     """Start the two linear layers from the spread of the encoders' features over training items."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: CountOrZero = 0
     """Steps of linear rise over the cosine; a shorter run only sees the rise."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    weight_decay: RateOrZero = 1e-6
     """L2, added to the gradient as Adam does."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Moment, Moment] = (0.9, 0.999)
     """Adam's, of the two moments."""
-    clip_norm: Annotated[float, Field(gt=0)] = 0.5
+    clip_norm: Annotated[float, Number, Field(gt=0)] = 0.5
     """Largest gradient norm."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 0
     """Of weights that start at random, of the order of the pairs, dropout and augmentation."""
-    validate_every: Positive = 2_000
+    validate_every: Count = 2_000
     """Steps between validations; the last step always validates."""
-    save_every: Positive = 2_000
+    save_every: Count = 2_000
     """Steps between checkpoints for resuming."""
-    log_every: Positive = 50
+    log_every: Count = 50
     """Steps between rows of metrics.jsonl."""
     augmentation: Augmentation = Augmentation()
 
@@ -138,11 +173,11 @@ class TrainSettings(Section):
 class DataSettings(Section):
     """How items are read and encoded; changes speed and memory, not what is learned."""
 
-    workers: Positive = 4
+    workers: Threads = 4
     """Threads that decode pictures ahead."""
-    encode_batch: Positive | None = None
+    encode_batch: Size | None = None
     """Items a batch when only encoding; empty: 32, on a CPU fewer when pictures are too large for its caches."""
-    cache_mb: Annotated[int, Field(ge=0)] = 1024
+    cache_mb: CountOrZero = 1024
     """Memory for decoded pictures kept between visits."""
 
 
@@ -241,7 +276,10 @@ def origin_of(origins: Origins, loc: tuple[str, ...]) -> str | None:
 
 
 class Loader(yaml.SafeLoader):
-    """Plain values without aliases, by which a few lines can stand for gigabytes, or for themselves."""
+    """Plain values without aliases, by which a few lines can stand for gigabytes, or for themselves.
+
+    Whole numbers are decimal: by YAML's rules 010 is 8 and 1:30 is 90.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -258,6 +296,14 @@ class Loader(yaml.SafeLoader):
         except Exception as error:  # a tag or a date with a value that is none raises whatever its constructor does
             problem = f"a value that its type cannot take: {clip(str(error), 80)}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+# A copy: what YAML reads elsewhere is not ours to change.
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != INTEGER]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
@@ -316,12 +362,13 @@ def validate(values: dict[str, Any], origins: Origins, source: str) -> Settings:
             if problem["type"] == "extra_forbidden":
                 what = f"unknown setting {name}{nearest(loc[-1], known_keys(loc[:-1]))}; rename or delete it"
             else:
-                what = f"{name[1:-1]}: {problem['msg'].lower()}, found {clip(problem['input'])}; change it"
+                told = problem["msg"].removeprefix("Value error, ").lower()
+                what = f"{name[1:-1]}: {told}, found {clip(problem['input'])}; change it"
             problems.append(f"{where}: {what}")
-        raise UserError("\n".join(problems)) from error
+        raise UserError(*problems) from error
     problems = [f"{source}: {problem}" for problem in contradictions(settings)]
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
     return settings
 
 

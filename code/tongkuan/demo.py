@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tongkuan.errors import entrypoint
 from tongkuan.files import check_writable
 from tongkuan.judge import score
 
@@ -35,7 +36,7 @@ def demo(
 
     def announce(*words: object) -> list[str]:
         command = [str(word) for word in words]
-        print(f"\n[{time.monotonic() - started:4.0f} s] ./entrypoint.sh {' '.join(command)}", flush=True)
+        print(f"\n[{time.monotonic() - started:4.0f} s] {entrypoint(*words)}", flush=True)
         return command
 
     def step(*words: object) -> None:

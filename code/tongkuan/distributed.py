@@ -1,19 +1,18 @@
-"""Ranks: start, stop, shard and gather.
+"""Ranks: join, shard, gather and stop.
 
-Nothing outside this file knows whether there is one rank or sixteen.
+Nothing outside this file and `launch` knows whether there is one rank or sixteen.
 """
 
 import ctypes
 import os
+import re
 import select
-import selectors
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -22,9 +21,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import TCPStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
-from tongkuan.errors import FaultError, UserError
+from tongkuan.errors import FaultError, LostError, UserError, clip
+from tongkuan.group import LAUNCHER, TELL, Place, alone, find_place
 from tongkuan.processor import available_cores
 
 T = TypeVar("T")
@@ -35,7 +35,10 @@ SECONDS = {
     "TONGKUAN_STUCK_SECONDS": 1800.0,  # of a collective; real-size validation takes minutes, a lost rank for ever
     "TONGKUAN_STOP_SECONDS": 8.0,  # from a request to stop until the step must be saved; `docker stop` waits for 10
 }
-LEAVE_SECONDS = 2  # more, after which the launcher ends ranks that were asked to stop
+# How gloo, NCCL and torch's store say that the other end has gone.
+LOST_RANK = re.compile(
+    r"gloo/transport|onnection (was )?(closed|reset|refused)|Broken pipe|remote process exited|ncclRemoteError"
+)
 
 
 def seconds_of(name: str) -> float:
@@ -84,39 +87,121 @@ class Ranks:
 
 @contextmanager
 def ranks() -> Iterator[Ranks]:
-    """Join the process group that the launcher's environment describes, or be the only rank."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-    if count == 1:
+    """Join the process group that the environment describes, or be the only rank.
+
+    Raises UserError when the environment describes none that can be, FaultError when its other ranks do not come.
+    """
+    place = find_place()
+    device = choose_device(place)
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (cores := available_cores()):
+        torch.set_num_threads(cores)  # torch does not see a container's quota
+    if place.count == 1:
         yield Ranks(0, 1, device)
         return
     end_with_launcher()
     seconds = seconds_of("TONGKUAN_STUCK_SECONDS")
-    store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    dist.init_process_group(
-        "nccl" if has_gpu else "gloo",
-        store=PrefixStore("ranks", store),
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(seconds=seconds),
-    )
+    store = join(place, device, seconds)
     try:
-        yield Ranks(rank, count, device, PrefixStore("stop", store))
+        yield Ranks(place.rank, place.count, device, PrefixStore("stop", store))
     except RuntimeError as error:
         if "imed out" in str(error) or "timeout" in str(error).lower():
             setting = "TONGKUAN_STUCK_SECONDS"
             raise FaultError(f"another rank did not answer for {seconds:g} s ({setting}); {GO_ON}") from error
+        if LOST_RANK.search(str(error)):
+            reason = clip(str(error).strip().split("\n")[0], 160)
+            raise LostError(f"rank {place.rank} lost another one ({reason}); {GO_ON}") from error
         raise  # the group is left to the process's end: without this rank the others would wait in its closing
     dist.destroy_process_group()
 
 
-def is_launched() -> bool:
-    """Whether this process is a rank that a launcher started."""
-    return "LOCAL_RANK" in os.environ
+def choose_device(place: Place) -> torch.device:
+    """The GPU of this rank, made the current one, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_rank >= (found := torch.cuda.device_count()):
+        seen = f"{found} GPUs are to be seen, numbered from 0" if found > 1 else "one GPU is to be seen"
+        raise UserError(f"LOCAL_RANK={place.local_rank}: {seen}; start at most {found} ranks here, or {alone()}")
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join(place: Place, device: torch.device, seconds: float) -> Any:
+    """Enter the process group when all its ranks are there; its store. A request to stop is answered while waiting."""
+    limit, where = timedelta(seconds=seconds), f"{place.address}:{place.port}"
+    is_server = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    with ending_at_once():
+        try:
+            server = TCPStore(place.address, place.port, place.count, is_server, limit, wait_for_workers=False)
+            store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+            await_ranks(store, place, time.monotonic() + seconds)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("ranks", store),
+                rank=place.rank,
+                world_size=place.count,
+                timeout=limit,
+            )
+        except RuntimeError as error:
+            reason = clip(str(error).strip().split("\n")[0], 200)
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+                raise UserError(
+                    f"{where}: another program listens there; set another MASTER_PORT, or {alone()}"
+                ) from error
+            kind = LostError if LOST_RANK.search(str(error)) else FaultError
+            raise kind(
+                f"rank {place.rank} cannot join the others at {where} ({reason}); start them, or {alone()}"
+            ) from error
+    return store
+
+
+def await_ranks(store: Any, place: Place, deadline: float) -> None:
+    """Return when every rank has come to the store. FaultError that names those that have not at the deadline."""
+    store.set(f"here {place.rank}", "")
+    absent = [rank for rank in range(place.count) if rank != place.rank]
+    while absent := [rank for rank in absent if not store.check([f"here {rank}"])]:
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, absent[:10])) + ("…" if len(absent) > 10 else "")
+            where = f"{place.address}:{place.port}"
+            told = f"rank {names} of WORLD_SIZE={place.count} did not come to {where} in time (TONGKUAN_STUCK_SECONDS)"
+            raise FaultError(f"{told}; start them, or {alone()}")
+        time.sleep(0.05)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let a request to stop end the process while it waits in C++, where no handler of Python's would run."""
+    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def listen() -> None:
+        for number in iter(lambda: os.read(reading, 1), b""):
+            if number[0] in STOPPING:
+                os.write(2, b"tongkuan: stopped while waiting for the other ranks\n" if TELL not in os.environ else b"")
+                os._exit(128 + number[0])
+
+    thread = threading.Thread(target=listen, name="stop while joining", daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when the launcher is gone, whatever killed it."""
+    launcher = int(os.environ.get(LAUNCHER, "0"))
+    if launcher:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != launcher:  # gone before
+            os._exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,131 +292,3 @@ class StopRequests:
                 sys.stdout.flush()
             os.write(2, f"tongkuan: {how}; {GO_ON}\n".encode())
         os._exit(128 + self.number)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The launcher
-
-
-def end_with_launcher() -> None:
-    """Have the kernel end this rank when the launcher is gone, whatever killed it."""
-    launcher = int(os.environ.get("TONGKUAN_LAUNCHER", "0"))
-    if launcher:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-        if os.getppid() != launcher:  # gone before
-            os._exit(1)
-
-
-def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `python -m tongkuan ARGUMENTS` on `count` ranks of this machine; the exit code of the whole.
-
-    When a rank fails, the others are ended and stderr says why in a line. SIGTERM and SIGINT are passed on to all.
-    """
-    # Not torchrun's engine: on a second signal it leaves its ranks behind.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "OMP_NUM_THREADS": str(max(1, available_cores() // count)),
-        "GLOO_SOCKET_IFNAME": "lo",  # a container without network cannot look up its own name
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for: the launcher serves it
-        "TONGKUAN_LAUNCHER": str(os.getpid()),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-    }
-    with Fleet() as fleet:
-        for rank in range(count):
-            fleet.start(rank, [sys.executable, "-m", "tongkuan", *arguments], shared)
-        return fleet.watch()
-
-
-class Fleet:
-    """The ranks as their launcher sees them: processes, and pipes on which they tell what ended them."""
-
-    def __init__(self) -> None:
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.asked = 0
-        self._pipes = selectors.DefaultSelector()
-        self._leave: float | None = None  # when those that are left are ended
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "Fleet":
-        for number in STOPPING:
-            self._stack.callback(signal.signal, number, signal.signal(number, self._pass_on))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self._stack.close()
-
-    def start(self, rank: int, command: Sequence[str], shared: dict[str, str]) -> None:
-        """Start a rank, in a session of its own: a terminal's Ctrl-C would come twice, from it and from here."""
-        reading, writing = os.pipe()
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TONGKUAN_TELL": str(writing)}
-        self._stack.callback(os.close, reading)
-        self._pipes.register(reading, selectors.EVENT_READ, rank)
-        try:
-            self.processes.append(
-                subprocess.Popen(
-                    command, env=shared | own, pass_fds=[writing], stdin=subprocess.DEVNULL, start_new_session=True
-                )
-            )
-        finally:
-            os.close(writing)
-        if self.asked:
-            self.processes[-1].send_signal(self.asked)
-
-    def watch(self) -> int:
-        """Wait for all; the exit code of the whole. Says on stderr what ended the first rank that failed."""
-        stopped = 0
-        while self._pipes.get_map():
-            left = None if self._leave is None else max(0.0, self._leave - time.monotonic())
-            ready = self._pipes.select(min(1.0, 1.0 if left is None else left))
-            for key, _ in ready:
-                rank, (code, told) = key.data, self._end_of(key)
-                if self.asked and code:
-                    stopped = 128 + self.asked
-                elif code in (128 + number for number in STOPPING):  # asked itself, by somebody else
-                    stopped = stopped or code
-                    self._let_go()
-                elif code:
-                    print(f"tongkuan: {describe_end(rank, code, told)}", file=sys.stderr)
-                    return 2 if code == 2 else 1
-            if not ready and left == 0:
-                return stopped or 1
-        return stopped
-
-    def _end_of(self, key: selectors.SelectorKey) -> tuple[int, str]:
-        """(exit code, negative for a signal; what it told) of a rank that has told an error or closed its pipe."""
-        told = os.read(key.fd, 1 << 16).decode(errors="replace").strip()
-        self._pipes.unregister(key.fd)
-        if told:  # before it ends, and before others stumble over its end
-            code, _, line = told.partition(" ")
-            return int(code), line
-        return self.processes[key.data].wait(), ""
-
-    def _pass_on(self, number: int, _frame: object) -> None:
-        self.asked = number
-        for process in self.processes:
-            process.send_signal(number)  # does nothing to one that has ended
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._leave = self._leave or time.monotonic() + seconds_of("TONGKUAN_STOP_SECONDS") + LEAVE_SECONDS
-
-
-def describe_end(rank: int, code: int, told: str) -> str:
-    """A line on what ended a rank: what it told, which has the exit code 2 when it is the user's to mend."""
-    if told:
-        return told if code == 2 else f"rank {rank}: {told}"
-    if code > 0:
-        return f"rank {rank} ended with exit code {code} and without a word; {GO_ON}"
-    reasons = {
-        signal.SIGKILL: " (for want of memory, most likely)",
-        signal.SIGABRT: " (by NCCL, most likely: a rank that did not answer in time, or a lost GPU)",
-    }
-    number = signal.Signals(-code)
-    return f"rank {rank} was ended by {number.name}{reasons.get(number, '')}; {GO_ON}"

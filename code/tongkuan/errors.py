@@ -5,6 +5,8 @@ import errno
 import os
 import re
 import reprlib
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,12 +16,23 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")  # as torch, CUDA and its libraries say it
 
 
-class UserError(Exception):
+class ToldError(Exception):
+    """An error whose text is all that the user needs: a line an argument, whatever file names stand in it."""
+
+    def __str__(self) -> str:
+        return "\n".join(one_line(str(line)) for line in self.args)
+
+
+class UserError(ToldError):
     """Something the user can mend. Its text is one line: file, line, what is wrong, what to do next. Exit code 2."""
 
 
-class FaultError(Exception):
+class FaultError(ToldError):
     """Something that went wrong on the way, whoever caused it. Its text is one line, as UserError's. Exit code 1."""
+
+
+class LostError(FaultError):
+    """Another rank has ended and this one cannot go on: what ended that one is the cause."""
 
 
 def no_room(error: BaseException) -> int:
@@ -45,13 +58,15 @@ def unwritable(folder: Path, error: OSError) -> Exception:
     advice = ""
     if IMAGE in os.environ:
         user = os.geteuid()
-        advice = f": docker run -v {volume(folder, False)}, DIR writable for UID {user}, or --user with its owner"
+        advice = (
+            f": docker run -v {quote(volume(folder, False))}, DIR writable for UID {user}, or --user with its owner"
+        )
     return UserError(f"{folder}: cannot write here ({reason}); mount it writable or name another folder{advice}")
 
 
 def missing(path: Path, told: str) -> UserError:
     """The error to raise for an input that is not there; in the image it ends in what to mount."""
-    advice = f"; mount it: docker run -v {volume(path, bool(path.suffix))}" if IMAGE in os.environ else ""
+    advice = f"; mount it: docker run -v {quote(volume(path, bool(path.suffix)))}" if IMAGE in os.environ else ""
     return UserError(f"{path}: {told}{advice}")
 
 
@@ -87,3 +102,29 @@ def clip(value: object, limit: int = 60) -> str:
         short.maxstring = short.maxother = short.maxlong = limit
         text = short.repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def one_line(text: str) -> str:
+    """A text without line ends and what else a terminal would obey or not show: those as Python writes them."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def entrypoint(*words: object) -> str:
+    """A command to type as it stands: `./entrypoint.sh WORDS`, each quoted where the shell would read it otherwise."""
+    return " ".join(["./entrypoint.sh", *map(quote, words)])
+
+
+def quote(word: object) -> str:
+    """A word as the shell takes it. What the terminal cannot show goes by its bytes, as bash's `$'...'` has them."""
+    text = str(word)
+    if isinstance(word, Path) and text.startswith("-"):  # no option
+        text = f"./{text}"
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        pass
+    else:
+        if text.isprintable():
+            return shlex.quote(text)
+    plain = (chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\{b:03o}" for b in os.fsencode(text))
+    return f"$'{''.join(plain)}'"

@@ -14,6 +14,7 @@ from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
 from tongkuan.distributed import ranks
 from tongkuan.encode import distinct_items, encode, scores_of, settle
+from tongkuan.errors import entrypoint
 from tongkuan.files import check_writable
 from tongkuan.metrics import Labels, Scores, best_threshold, intervals, quality_at
 from tongkuan.records import Pair, item_file, pair_file, read_items, read_pairs
@@ -63,7 +64,7 @@ def evaluate(
         print(warning)
     if complaint := store.complaint():
         print(complaint)
-    print(f"next: ./entrypoint.sh predict --data {data_dir} --model {model_path}")
+    print(f"next: {entrypoint('predict', '--data', data_dir, '--model', model_path)}")
 
 
 def differences(scores: Scores, exact: Scores, threshold: float, precision: Precision) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tongkuan.errors import UserError, clip, missing
+from tongkuan.errors import UserError, clip, entrypoint, missing
 from tongkuan.guard import run_similarity
 from tongkuan.metrics import Labels, Scores, quality_at
 from tongkuan.records import Pair, Prediction, read_pairs, read_predictions
@@ -56,7 +56,7 @@ def check(submit_dir: Path, pairs_path: Path) -> None:
     pairs = read_pairs(pairs_path, labels="optional")
     rows = read_result(submit_dir, pairs, pairs_path)
     print(f"{submit_dir / 'result.jsonl'}: {len(rows)} rows keep the contract")
-    print(f"next: ./entrypoint.sh score --submit {submit_dir} --pairs FILE_WITH_LABELS")
+    print(f"next: {entrypoint('score', '--submit', submit_dir, '--pairs', 'FILE_WITH_LABELS')}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def score(submit_dir: Path, pairs_path: Path) -> float:
     print(f"{quality} on {len(found.scores)} pairs")
     for note in found.notes:
         print(note)
-    print(f"next: ./entrypoint.sh report --submit {submit_dir} --pairs {pairs_path}")
+    print(f"next: {entrypoint('report', '--submit', submit_dir, '--pairs', pairs_path)}")
     return quality.f1
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import vl_convert
 from numpy.typing import NDArray
 
-from tongkuan.errors import UserError
+from tongkuan.errors import UserError, entrypoint
 from tongkuan.files import check_writable, publish
 from tongkuan.judge import judged
 from tongkuan.metrics import Labels, Quality, Scores, quality_at
@@ -49,7 +49,7 @@ def plot(submit_dir: Path, pairs_path: Path, out: Path) -> None:
     print(f"{out}: {quality} on {len(found.scores)} pairs")
     for note in found.notes:
         print(note)
-    print(f"next: ./entrypoint.sh report --submit {submit_dir} --pairs {pairs_path}")
+    print(f"next: {entrypoint('report', '--submit', submit_dir, '--pairs', pairs_path)}")
 
 
 def draw(scores: Scores, labels: Labels, thresholds: Scores) -> str:

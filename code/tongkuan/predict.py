@@ -22,7 +22,7 @@ from tongkuan.config import DataSettings, Precision
 from tongkuan.data import open_store
 from tongkuan.distributed import Ranks, ranks
 from tongkuan.encode import Embeddings, batch_size, distinct_items, encode, settle
-from tongkuan.errors import UserError
+from tongkuan.errors import UserError, entrypoint
 from tongkuan.files import check_target, check_writable, publish, sha256_of
 from tongkuan.model import TOP
 from tongkuan.processor import processor_of
@@ -93,7 +93,7 @@ def predict(
     print(f"{submit_dir / 'result.jsonl'}: {num_pairs} pairs, {num_items} items, threshold {found.rows.threshold:.6g}")
     for note in found.notes:
         print(note)
-    print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {pair_file(data_dir, split)}")
+    print(f"next: {entrypoint('check', '--submit', submit_dir, '--pairs', pair_file(data_dir, split))}")
 
 
 def compute(
@@ -119,7 +119,7 @@ def compute(
         embeddings = encode(model, store, item_ids, settings, fellows, precision, "predict", cache)
     if not fellows.is_first:
         return None
-    rows = format_rows(pairs, embeddings, card.threshold if threshold is None else threshold)
+    rows = format_rows(pairs, embeddings, float(card.threshold if threshold is None else threshold))
     facts = {
         "precision": precision,
         "split": split,

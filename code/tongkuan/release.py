@@ -24,7 +24,7 @@ from torch import Tensor
 from tongkuan.checkpoint import ModelCard, stream_model
 from tongkuan.config import ModelSettings, TextEncoder, load_settings
 from tongkuan.data import build_tokenizer
-from tongkuan.errors import UserError, missing
+from tongkuan.errors import UserError, entrypoint, missing
 from tongkuan.files import READ_BLOCK, check_target, sha256_of
 from tongkuan.model import WEIGHTS_DIR, TwoTowers, build, build_image, download, fetch, locate, text_config_of
 
@@ -75,7 +75,7 @@ def import_release(
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         stream_model(out, card, shapes, read_in_order(path, checkpoint, origins))
     print(f"{out}: {len(shapes)} tensors of {checkpoint.name}, threshold {threshold:.6g}")
-    print(f"next: ./entrypoint.sh predict --data data --split test --model {out}")
+    print(f"next: {entrypoint('predict', '--data', 'data', '--split', 'test', '--model', out)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,4 +296,4 @@ def fetch_encoders(preset: str, overrides: Sequence[str] = ()) -> None:
             print(f"{weights}: now in {fetch(place)}")
         else:
             print(f"{weights}: {f'present in {place}' if place else 'nothing to fetch'}")
-    print(f"next: ./entrypoint.sh train --preset {preset}")
+    print(f"next: {entrypoint('train', '--preset', preset)}")

@@ -26,7 +26,7 @@ from tongkuan.data import Batch, ItemStore, augment, build_tokenizer, normalised
 from tongkuan.distributed import Ranks, StopRequests, ranks
 from tongkuan.draw import BatchDraw, Part, parts
 from tongkuan.encode import autocast, batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
-from tongkuan.errors import FaultError, UserError, clip
+from tongkuan.errors import FaultError, UserError, clip, entrypoint
 from tongkuan.evaluate import labels_of
 from tongkuan.files import check_target, check_writable, publish
 from tongkuan.memory import describe_memory, noting_shortage
@@ -170,7 +170,7 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
                 if complaint := store.complaint():
                     print(complaint)
             print(f"{model_path}: best of {settings.train.steps} steps, valid F1 {run.best_f1:.4f}")
-            print(f"next: ./entrypoint.sh predict --data {data_dir} --model {model_path}")
+            print(f"next: {entrypoint('predict', '--data', data_dir, '--model', model_path)}")
 
 
 def whiten(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks) -> None:

@@ -12,7 +12,7 @@ import orjson
 from tqdm import tqdm
 
 from tongkuan.config import DataSettings, Precision
-from tongkuan.errors import UserError, clip, missing
+from tongkuan.errors import UserError, clip, entrypoint, missing
 from tongkuan.files import sha256_of
 from tongkuan.predict import compute
 from tongkuan.records import item_file, pair_file
@@ -53,7 +53,7 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
     rebuilt["sha256"]["result"] = digest.hexdigest()
     if rebuilt["sha256"]["result"] == manifest["sha256"]["result"]:
         print(f"{result}: rebuilt to the byte, sha256 {manifest['sha256']['result']}")
-        print(f"next: ./entrypoint.sh check --submit {submit_dir} --pairs {files['pairs']}")
+        print(f"next: {entrypoint('check', '--submit', submit_dir, '--pairs', files['pairs'])}")
         return
     raise UserError(f"{result}: rebuilt otherwise; {explain(manifest, rebuilt)}")
 
