@@ -143,7 +143,7 @@ class DataSettings(Section):
     encode_batch: Positive | None = None
     """Items a batch when only encoding; empty: 32, on a CPU fewer when pictures are too large for its caches."""
     cache_mb: Annotated[int, Field(ge=0)] = 1024
-    """Memory for decoded pictures kept between visits."""
+    """Memory for decoded pictures and tokens kept between visits, MiB; of train and of valid, in each rank."""
 
 
 class Settings(Section):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tongkuan.errors import UserError, clip, missing
+from tongkuan.labels import contradiction_note
 from tongkuan.metrics import Labels, Scores, quality_at
 from tongkuan.records import Pair, Prediction, read_pairs, read_predictions
 
@@ -156,6 +157,8 @@ def score(submit_dir: Path, pairs_path: Path) -> float:
     scores, labels, thresholds = judged(submit_dir, pairs_path)
     quality = quality_at(scores, labels, thresholds)
     print(f"{quality} on {len(scores)} pairs")
+    if note := contradiction_note(pairs_path, read_pairs(pairs_path), "delete such lines and predict again"):
+        print(note)
     print(f"next: ./entrypoint.sh report --submit {submit_dir} --pairs {pairs_path}")
     return quality.f1
 
