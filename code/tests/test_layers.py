@@ -11,7 +11,7 @@ LAYERS = [
     {"errors"},
     {"files", "processor", "pictures", "rows"},
     {"records", "distributed", "metrics"},
-    {"attributes", "labels"},
+    {"attributes", "labels", "wrappings"},
     {"config"},
     {"command", "ending", "model", "data", "checkpoint"},
     {"cache"},
