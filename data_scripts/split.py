@@ -17,6 +17,7 @@ from resize import HANDED_OUT
 from tongkuan.command import DATA, Parser, Real, Whole
 from tongkuan.errors import UserError, entrypoint, missing
 from tongkuan.files import check_writable, publish
+from tongkuan.labels import contradictory, only_label, pair_key
 from tongkuan.records import (
     Item,
     Pair,
@@ -56,11 +57,6 @@ class Cleaned:
     num_unlabelled: int
 
 
-def pair_key(pair: Pair) -> tuple[str, str]:
-    """The same for a pair told from either end."""
-    return min((pair.left, pair.right), (pair.right, pair.left))
-
-
 def ends(pairs: Iterable[Pair]) -> list[str]:
     """Ids of all items in `pairs`, sorted."""
     return sorted({item_id for pair in pairs for item_id in (pair.left, pair.right)})
@@ -90,8 +86,10 @@ def read_handed_out(folder: Path) -> HandedOut:
     return handed
 
 
-def clean(pairs: Iterable[Pair]) -> Cleaned:
-    """Each labelled pair once, whichever way round it stands; pairs labelled both ways are left out.
+def clean(pairs: Sequence[Pair]) -> Cleaned:
+    """Each labelled pair once, whichever way round it stands.
+
+    Left out as contradictions: pairs labelled both ways, and items labelled different from themselves.
 
     Sorted, so that nothing that follows depends on the order of the files.
     """
@@ -104,7 +102,7 @@ def clean(pairs: Iterable[Pair]) -> Cleaned:
         versions = told[pair_key(pair)]
         num_repeated += any(version.label == pair.label for version in versions)
         versions.add(pair)
-    contradictions = sorted(key for key, versions in told.items() if len({v.label for v in versions}) > 1)
+    contradictions = sorted({pair_key(pairs[index]) for index in contradictory(pairs)})
     for key in contradictions:
         del told[key]
     # Of a pair told both ways round, the way that sorts first stays.
@@ -175,6 +173,11 @@ def split(data_dir: Path, ratio: float, seed: int) -> str:
     check_writable(data_dir)
     cleaned = clean(handed.pairs)
     components = find_components(cleaned.pairs)
+    if not components:
+        raise UserError(
+            f"{data_dir / HANDED_OUT}: no usable pair ({left_out(cleaned)}), so no item-disjoint validation is "
+            "possible; add pairs of two items labelled 0 or 1"
+        )
     if len(components) < 2:
         raise UserError(
             f"{data_dir / HANDED_OUT}: {len(cleaned.pairs):,} usable pairs hang together in {len(components)} "
@@ -208,20 +211,42 @@ def split(data_dir: Path, ratio: float, seed: int) -> str:
         write_side(data_dir, side, pairs[side], handed)
     with publish(report_path) as file:
         file.write(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    return summary(report, data_dir)
+    notes = [note for side in SIDES if (note := label_note(side, pairs[side], components))]
+    return summary(report, data_dir, left_out(cleaned), notes)
 
 
-def summary(report: dict[str, Any], data_dir: Path) -> str:
+def left_out(cleaned: Cleaned) -> str:
+    """Counts of what was not drawn from."""
+    alone = sum(left == right for left, right in cleaned.contradictions)
+    itself = f", {alone:,} of an item labelled different from itself" if alone else ""
+    return (
+        f"{cleaned.num_unlabelled:,} unlabelled, {cleaned.num_repeated:,} repeated, "
+        f"{len(cleaned.contradictions) - alone:,} labelled both ways{itself}"
+    )
+
+
+def label_note(side: str, pairs: Sequence[Pair], components: Sequence[list[Pair]]) -> str:
+    """A line on a side whose pairs all have one label, and why the other label did not come there; or nothing."""
+    if (label := only_label(pairs)) is None:
+        return ""
+    other = 1 - label
+    holders = sum(any(pair.label == other for pair in component) for component in components)
+    what = {"train": "nothing can be learned from it", "valid": "no threshold can be chosen there"}[side]
+    advice = {
+        0: f"add pairs of label {other}",
+        1: f"those of label {other} hang together through common items, uncut; add such pairs of other items",
+    }.get(holders, "name another --ratio, nearer to 1, or another --seed")
+    return f"note: {side} has only pairs of label {label}: {what}; {advice}"
+
+
+def summary(report: dict[str, Any], data_dir: Path, left_out: str, notes: Sequence[str]) -> str:
     """What was drawn, what a user should know of it, and what to type next."""
     lines = [
         f"{side}: {report[side]['pairs']:,} pairs of {report[side]['items']:,} items in "
         f"{report[side]['components']:,} components, {report[side]['positive_share']:.1%} the same product"
         for side in SIDES
     ]
-    lines.append(
-        f"left out: {report['pairs_unlabelled']:,} unlabelled, {report['pairs_repeated']:,} repeated, "
-        f"{len(report['pairs_contradictory']):,} labelled both ways (see {data_dir / 'split.json'})"
-    )
+    lines += [f"left out: {left_out} (see {data_dir / 'split.json'})", *notes]
     largest = report["largest_component"]
     if largest["share_of_pairs"] > 0.5:
         lines.append(

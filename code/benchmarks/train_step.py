@@ -160,12 +160,14 @@ def bench_steps(bench: Bench, runs: int) -> None:
             if run:
                 taken.append(spent)
             else:
-                learner.take_wait()
+                learner.take_times()
     pairs = bench.settings.train.pairs
     report("train", "pairs/s", pairs, seconds)
     draw = parts(bench.task.train_pairs, bench.settings.train, ALONE, 0)
     items = statistics.mean(len(part.item_ids) / pairs for part in itertools.islice(draw, 1, runs + 1))
-    print(f"{'':<10}distinct items a pair {items:.2f}; our steps waited {1000 * learner.take_wait():.1f} ms for data")
+    print(
+        f"{'':<10}distinct items a pair {items:.2f}; our steps waited {1000 * learner.take_times()[1]:.1f} ms for data"
+    )
 
 
 def bench_losses(bench: Bench, steps: int) -> None:

@@ -138,17 +138,19 @@ def test_augmentation_depends_on_the_place_in_the_global_batch_alone() -> None:
     settings = Augmentation(crop=0.3, flip=0.5, color=0.2, drop_image=0.2, drop_text=0.3)
     images = torch.rand(6, 3, 16, 16)
     mask = torch.ones(6, 9, dtype=torch.int64)
-    whole, whole_mask = augment(images, mask, settings, seed=1, step=5, rows=range(6), batch=6)
-    part, part_mask = augment(images[[4, 1]], mask[[4, 1]], settings, seed=1, step=5, rows=[4, 1], batch=6)
+    whole, whole_mask = augment(images, mask, settings, seed=1, step=5, rows=range(6), batch=6, max_tokens=12)
+    part, part_mask = augment(
+        images[[4, 1]], mask[[4, 1]], settings, seed=1, step=5, rows=[4, 1], batch=6, max_tokens=12
+    )
     assert torch.equal(part, whole[[4, 1]]) and torch.equal(part_mask, whole_mask[[4, 1]])
-    later, _ = augment(images, mask, settings, seed=1, step=6, rows=range(6), batch=6)
+    later, _ = augment(images, mask, settings, seed=1, step=6, rows=range(6), batch=6, max_tokens=12)
     assert not torch.equal(whole, later)
     assert (whole_mask[:, 0] == 1).all() and (whole_mask == 0).any(), "[CLS] stays, others go"
 
 
 def test_without_augmentation_nothing_changes() -> None:
     images, mask = torch.rand(2, 3, 8, 8), torch.ones(2, 4, dtype=torch.int64)
-    same, same_mask = augment(images, mask, Augmentation(), seed=0, step=0, rows=[0, 1], batch=2)
+    same, same_mask = augment(images, mask, Augmentation(), seed=0, step=0, rows=[0, 1], batch=2, max_tokens=4)
     assert torch.equal(images, same) and torch.equal(mask, same_mask)
 
 

@@ -11,7 +11,7 @@ LAYERS = [
     {"errors", "terminal"},
     {"files", "processor", "pictures", "rows", "group"},
     {"records", "distributed", "metrics", "command", "guard_process"},
-    {"attributes", "launch", "options", "guard"},
+    {"attributes", "labels", "wrappings", "launch", "options", "guard"},
     {"config"},
     {"ending", "model", "data", "checkpoint"},
     {"cache"},

@@ -1,14 +1,17 @@
 """A training step of ours beside the published way, and what it may not do between two rows of the log."""
 
 import itertools
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import tiny_settings
 
@@ -17,7 +20,7 @@ from tongkuan.distributed import Ranks
 from tongkuan.draw import BatchDraw, parts
 from tongkuan.model import build
 from tongkuan.records import Pair
-from tongkuan.train import Learner, load_task, make_optimizer, train
+from tongkuan.train import Learner, load_task, make_optimizer, train, validate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -164,3 +167,37 @@ def test_the_fused_optimiser_steps_as_the_plain_one(data: Path, tmp_path: Path) 
         models.append(model)
     for fused, plain in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(fused, plain, rtol=1e-5, atol=1e-7)
+
+
+def speeds_of(run_dir: Path) -> list[float]:
+    """Pairs a second as TensorBoard has them."""
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars("pairs_per_second")]
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 4])
+def test_pairs_per_second_are_counted_with_no_terminal_to_show_them(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    """By a clock on which a step of 4 pairs takes half a second; a validation's 100 s are no part of it."""
+    assert not sys.stderr.isatty()
+    now = [0.0]
+
+    def step(self: Learner, *rest: Any) -> Any:
+        now[0] += 0.5
+        return take_step(self, *rest)
+
+    def validate_slowly(*rest: Any) -> None:
+        now[0] += 100
+        validate(*rest)
+
+    take_step = Learner.step
+    monkeypatch.setattr("tongkuan.train.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr("tongkuan.train.validate", validate_slowly)
+    settings = tiny_settings(tmp_path, f"train.log_every={log_every}", "train.steps=7", "train.validate_every=3")
+    train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")
+    speeds = speeds_of(tmp_path / "run")
+    assert len(speeds) == math.ceil(7 / log_every)
+    assert speeds == pytest.approx([8.0] * len(speeds))

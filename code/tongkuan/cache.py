@@ -77,7 +77,8 @@ class Cache:
     def key(self, store: ItemStore, item_ids: Sequence[str]) -> str:
         """The name of a batch's file."""
         pictures = [self.picture_hash(store, item_id) for item_id in item_ids]
-        contents = orjson.dumps([self._recipe.decode(), store.tokens(item_ids), pictures])
+        asked = [self._recipe.decode(), store.tokens(item_ids), pictures]
+        contents = orjson.dumps(asked, option=orjson.OPT_SERIALIZE_NUMPY)
         return hashlib.sha256(contents).hexdigest()
 
     def picture_hash(self, store: ItemStore, item_id: str) -> str:

@@ -6,14 +6,14 @@ tokenizer, threshold. Its metadata is readable: `python -c "import safetensors; 
 
 import math
 import pickle
+import shlex
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
-import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -21,11 +21,20 @@ from torch import Tensor, nn
 
 from tongkuan.config import ModelSettings, Settings
 from tongkuan.distributed import Ranks
-from tongkuan.errors import UserError, missing
+from tongkuan.errors import UserError, clip, missing
 from tongkuan.files import publish
 from tongkuan.model import TwoTowers, build
+from tongkuan.wrappings import ROOTS
 
 FORMAT = "tongkuan-1"
+MODEL_KEY = "tongkuan"  # of a model file's metadata
+OURS = "name a file that ./entrypoint.sh train made"
+CARD_FIELDS: dict[str, Any] = {
+    "format": str,
+    "settings": dict,
+    "threshold": int | float,
+    "facts": dict,
+}  # and two that may be None
 STATE = {"settings", "step", "model", "optimizer", "scaler", "rng", "losses", "best_f1", "metrics"}  # of last.pt
 DTYPES, BYTES = {torch.float32: "F32", torch.int64: "I64"}, {"F32": 4, "I64": 8}  # by safetensors' names
 
@@ -88,20 +97,34 @@ def write_safetensors(
 def format_card(card: ModelCard) -> dict[str, str]:
     """A file's metadata. One key only: safetensors writes several in hash order."""
     about = {**asdict(card), "format": FORMAT, "settings": card.settings.model_dump(mode="json")}
-    return {"tongkuan": orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()}
+    return {MODEL_KEY: orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()}
 
 
 def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
     """The model on the CPU, in evaluation mode. UserError when the file is missing, damaged or not ours."""
     if not path.is_file():
+        if path.is_dir():
+            raise UserError(f"{path}: a folder, no model; {folder_advice(path)}")
         raise missing(path, "no such model; run ./entrypoint.sh train, or name one with --model")
+    if (kind := kind_of(path)) in ("archive", "pickle"):
+        raise UserError(f"{path}: {torch_file_advice(path)}")
     try:
         with safe_open(path, framework="pt") as file:
-            card = parse_card(path, file.metadata() or {})
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            names, metadata = file.keys(), file.metadata() or {}
+            if MODEL_KEY not in metadata:
+                raise UserError(f"{path}: weights, but no model of ours; {foreign_advice(path, names)}")
+            card = parse_card(path, metadata)
+            state = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error}); copy it again or train anew") from error
-    model = build(card.settings, card.text_config, pretrained=False)
+        what = "damaged" if kind == "safetensors" else "damaged or not a safetensors file"
+        raise UserError(f"{path}: {what} ({error}); copy it again or train anew") from error
+    try:
+        model = build(card.settings, card.text_config, pretrained=False)
+    except UserError:
+        raise
+    except Exception as error:  # of a configuration that is none, transformers and timm raise all sorts
+        reason = clip(str(error).strip().partition("\n")[0], 120)
+        raise UserError(f"{path}: no network can be built of what it says of itself ({reason}); {OURS}") from error
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:
@@ -111,16 +134,82 @@ def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
     return model, card
 
 
-def parse_card(path: Path, metadata: dict[str, str]) -> ModelCard:
-    """The card in a file's metadata."""
+def parse_card(path: Path, metadata: Mapping[str, str]) -> ModelCard:
+    """The card in a file's metadata; each field of its type, the threshold finite, the tokenizer one that opens."""
     try:
-        about = orjson.loads(metadata["tongkuan"])
-        if about.pop("format") != FORMAT:
+        about = orjson.loads(metadata[MODEL_KEY])
+        if isinstance(about, dict) and isinstance(about.get("format"), str) and about["format"] != FORMAT:
             raise UserError(f"{path}: made by another version of Tongkuan; train anew or use that version")
-        return ModelCard(**{**about, "settings": ModelSettings.model_validate(about["settings"])})
-    except (KeyError, TypeError, ValueError, pydantic.ValidationError) as error:
-        advice = "name a file that ./entrypoint.sh train made"
-        raise UserError(f"{path}: not a model of ours, or of other settings; {advice}") from error
+        for name, kind in CARD_FIELDS.items():
+            if not isinstance(about[name], kind) or isinstance(about[name], bool):
+                raise TypeError(name)
+        card = ModelCard(
+            ModelSettings.model_validate(about["settings"]),
+            float(about["threshold"]),
+            about["text_config"],
+            about["tokenizer"],
+            about["facts"],
+        )
+        reads_texts = card.settings.inputs != "image"
+        if (
+            not (isinstance(card.text_config, dict) and isinstance(card.tokenizer, str))
+            if reads_texts
+            else (card.text_config is not None or card.tokenizer is not None)
+        ):
+            raise TypeError("text_config")
+        if not math.isfinite(card.threshold) or about.keys() - CARD_FIELDS - {"text_config", "tokenizer"}:
+            raise ValueError("threshold")
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: not a model of ours, or of other settings; {OURS}") from error
+    try:
+        card.open_tokenizer()
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{path}: its tokenizer is none ({clip(str(error), 120)}); {OURS}") from error
+    return card
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are no model of ours
+
+
+def kind_of(path: Path) -> Literal["safetensors", "archive", "pickle", "other"]:
+    """What a file's first bytes say it is; archive is what torch.save writes, pickle what it wrote before 1.6."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:4] == b"PK\x03\x04":
+        return "archive"
+    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and len(start) > 1:
+        return "pickle"
+    return "safetensors" if start[8:] == b"{" else "other"
+
+
+def torch_file_advice(path: Path) -> str:
+    """What a torch file is, and how to get a model of it."""
+    if path.name in ("last.pt", "previous.pt") and (best := path.with_name("best.safetensors")).is_file():
+        return f"a state to go on training from, no model; name {shlex.quote(str(best))}, its best model"
+    return f"a torch checkpoint, no model of ours; make one of it: {import_command(path)}"
+
+
+def import_command(path: Path) -> str:
+    """What makes a model file of a checkpoint of the entry."""
+    out = path.with_name(f"{path.stem}.model.safetensors")
+    return f"./entrypoint.sh weights --model {shlex.quote(str(path))} --out {shlex.quote(str(out))}"
+
+
+def foreign_advice(path: Path, names: Iterable[str]) -> str:
+    """What to do with tensors of another program."""
+    if any(ROOTS.match(step) for name in names for step in name.split(".")):
+        return f"make one of it: {import_command(path)}"
+    place = shlex.quote(f"folder:{path.parent}")
+    return f"train with it as an encoder (model.text.weights={place} or model.image.weights=…), or {OURS}"
+
+
+def folder_advice(path: Path) -> str:
+    """Which file of a folder to name."""
+    for name in ("model.safetensors", "best.safetensors"):
+        if (path / name).is_file():
+            return f"name {shlex.quote(str(path / name))}"
+    return OURS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class DataSettings(Section):
     encode_batch: Size | None = None
     """Items a batch when only encoding; empty: 32, on a CPU fewer when pictures are too large for its caches."""
     cache_mb: CountOrZero = 1024
-    """Memory for decoded pictures kept between visits."""
+    """Memory for decoded pictures and tokens kept between visits, MiB; of train and of valid, in each rank."""
 
 
 class Settings(Section):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from tongkuan.records import Item
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+KEPT_BESIDE = 250  # bytes that keeping an array takes beside its numbers: the object, its place in a dictionary
+TEXTS_AT_ONCE = 1024  # tokenised together when only their lengths are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,11 @@ def normalised(batch: Batch, settings: ImageEncoder) -> Tensor:
 
 
 class ItemStore:
-    """Items by id, turned into batches. Decoded pictures and tokens are kept up to `cache_mb`; safe for threads."""
+    """Items by id, turned into batches; safe for threads.
+
+    Decoded pictures and tokens are kept, `cache_mb` of both together in each store of each rank; what is beyond is
+    read and tokenised at each visit anew.
+    """
 
     def __init__(
         self,
@@ -113,7 +120,7 @@ class ItemStore:
         self.items, self.image_dir, self.settings, self.tokenizer = items, image_dir, settings, tokenizer
         self.unreadable: set[str] = set()
         self._images: dict[str, NDArray[np.uint8]] = {}
-        self._tokens: dict[str, list[int]] = {}
+        self._tokens: dict[str, NDArray[np.int32]] = {}
         self._room = cache_mb << 20
         self._lock = threading.Lock()
         if tokenizer is not None:
@@ -121,14 +128,29 @@ class ItemStore:
             tokenizer.enable_truncation(settings.text.max_tokens)
             self._pad = tokenizer.token_to_id("[PAD]") or 0
 
-    def tokens(self, item_ids: Sequence[str]) -> list[list[int]]:
-        """Token ids of each item's text, at most max_tokens, [CLS] first."""
+    def tokens(self, item_ids: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Token ids (T,) of each item's text, T at most max_tokens, [CLS] first; (0,) for a model without texts."""
         if self.tokenizer is None:
-            return [[] for _ in item_ids]
-        new = [item_id for item_id in item_ids if item_id not in self._tokens]
+            return [np.zeros(0, dtype=np.int32) for _ in item_ids]
+        found = {item_id: kept for item_id in item_ids if (kept := self._tokens.get(item_id)) is not None}
+        new = [item_id for item_id in item_ids if item_id not in found]
         for item_id, encoding in zip(new, self.tokenizer.encode_batch([*map(self.text, new)]), strict=True):
-            self._tokens[item_id] = encoding.ids
-        return [self._tokens[item_id] for item_id in item_ids]
+            found[item_id] = np.array(encoding.ids, dtype=np.int32)
+            self._keep(self._tokens, item_id, found[item_id])
+        return [found[item_id] for item_id in item_ids]
+
+    def lengths(self, item_ids: Sequence[str]) -> list[int]:
+        """Number of tokens of each item's text."""
+        starts = range(0, len(item_ids), TEXTS_AT_ONCE)
+        return [len(row) for start in starts for row in self.tokens(item_ids[start : start + TEXTS_AT_ONCE])]
+
+    def _keep(self, kept: dict[str, NDArray[Any]], name: str, array: NDArray[Any]) -> None:
+        """Hold an array for the next visit, if there is room."""
+        with self._lock:
+            size = array.nbytes + KEPT_BESIDE
+            if self._room >= size and name not in kept:
+                kept[name] = array
+                self._room -= size
 
     def text(self, item_id: str) -> str:
         """What is read of the item."""
@@ -151,10 +173,7 @@ class ItemStore:
             with self._lock:
                 self.unreadable.add(name)
             return None
-        with self._lock:
-            if self._room >= image.nbytes and name not in self._images:
-                self._images[name] = image
-                self._room -= image.nbytes
+        self._keep(self._images, name, image)
         return image
 
     def batch(self, item_ids: Sequence[str]) -> Batch:
@@ -214,12 +233,19 @@ def prefetch(jobs: Iterable[T], work: Callable[[T], U], workers: int) -> Generat
 
 
 def augment(
-    images: Tensor, mask: Tensor, settings: Augmentation, seed: int, step: int, rows: Sequence[int], batch: int
+    images: Tensor,
+    mask: Tensor,
+    settings: Augmentation,
+    seed: int,
+    step: int,
+    rows: Sequence[int],
+    batch: int,
+    max_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Changed images (N, 3, S, S) and mask (N, T) of the items `rows` of a global batch of `batch` items.
 
-    What happens to a row depends on seed, step and its place in the global batch alone: not on ranks, nor on
-    whether the run was interrupted.
+    What happens to a row depends on seed, step and its place in the global batch alone: not on ranks, nor on how far
+    its part is padded (T is max_tokens at most), nor on whether the run was interrupted.
     """
     draws = np.random.default_rng((seed, step, 1)).random((batch, 8), dtype=np.float32)[list(rows)]
     chance = torch.from_numpy(draws).to(images.device)
@@ -237,8 +263,8 @@ def augment(
     if settings.drop_image:
         images = images * (chance[:, 7] >= settings.drop_image).view(-1, 1, 1, 1)
     if settings.drop_text:
-        generator = np.random.default_rng((seed, step, 2))
-        keep = generator.random((batch, mask.shape[1] - 1), dtype=np.float32)[list(rows)] >= settings.drop_text
+        draws = np.random.default_rng((seed, step, 2)).random((batch, max_tokens - 1), dtype=np.float32)
+        keep = draws[list(rows), : mask.shape[1] - 1] >= settings.drop_text
         kept = torch.from_numpy(keep).to(mask.device)
         mask = torch.cat([mask[:, :1], mask[:, 1:] * kept], dim=1)  # [CLS] stays: its output is the text
     return images, mask

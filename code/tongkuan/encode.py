@@ -33,7 +33,7 @@ def distinct_items(pairs: Iterable[Pair]) -> list[str]:
 
 def length_batches(store: ItemStore, item_ids: Sequence[str], size: int) -> list[list[str]]:
     """Batches of items of like text length, so that little is padded; the same for the same items."""
-    lengths = {item_id: len(tokens) for item_id, tokens in zip(item_ids, store.tokens(item_ids), strict=True)}
+    lengths = dict(zip(item_ids, store.lengths(item_ids), strict=True))
     ordered = sorted(item_ids, key=lambda item_id: (lengths[item_id], item_id))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 

@@ -16,6 +16,7 @@ from tongkuan.distributed import ranks
 from tongkuan.encode import distinct_items, encode, scores_of, settle
 from tongkuan.errors import entrypoint
 from tongkuan.files import check_writable
+from tongkuan.labels import contradiction_note
 from tongkuan.metrics import Labels, Scores, best_threshold, intervals, quality_at
 from tongkuan.records import Pair, item_file, pair_file, read_items, read_pairs
 
@@ -60,8 +61,9 @@ def evaluate(
     print_qualities(scores, labels_of(pairs), {"as trained": 0.0, "chosen": chosen})
     if exact is not None:
         print(differences(scores, scores_of(pairs, exact), chosen, precision))
-    if warning:
-        print(warning)
+    for line in (warning, contradiction_note(pair_file(data_dir, split), pairs)):
+        if line:
+            print(line)
     if complaint := store.complaint():
         print(complaint)
     print(f"next: {entrypoint('predict', '--data', data_dir, '--model', model_path)}")
@@ -77,12 +79,20 @@ def differences(scores: Scores, exact: Scores, threshold: float, precision: Prec
 
 
 def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]) -> None:
-    """A row a threshold, F1 with its 95 % bootstrap interval, and the best that any threshold could reach."""
+    """A row a threshold, F1 with its 95 % bootstrap interval, and the best that any threshold could reach.
+
+    Of pairs of one label that best says nothing of the model; a line says so in its place.
+    """
     print(f"{'threshold':>24} {'F1':>7} {'95 % interval':>17} {'precision':>10} {'recall':>7}")
     for name, threshold in thresholds.items():
         quality = quality_at(scores, labels, threshold)
         low, high = intervals(quality)["f1"]
         figures = f"{quality.f1:7.4f} [{low:.4f}, {high:.4f}] {quality.precision:10.4f} {quality.recall:7.4f}"
         print(f"{name + f' {threshold:.4f}':>24} {figures}")
+    if len(np.unique(labels)) == 1:
+        told = "1 below all scores" if labels[0] == 1 else "0 at any threshold"
+        advice = f"add pairs of label {1 - labels[0]}, or name another --split"
+        print(f"note: only pairs of label {labels[0]}: F1 is {told}, so none can be called the best here; {advice}")
+        return
     cut, f1 = best_threshold(scores, labels)
     print(f"{'best on these ' + f'{cut:.4f}':>24} {f1:7.4f}  (an upper bound: chosen on the pairs it is measured on)")

@@ -13,8 +13,11 @@ import numpy as np
 
 from tongkuan.errors import UserError, clip, entrypoint, missing
 from tongkuan.guard import run_similarity
+from tongkuan.labels import contradiction_note
 from tongkuan.metrics import Labels, Scores, quality_at
 from tongkuan.records import Pair, Prediction, read_pairs, read_predictions
+
+CONTRADICTION_ADVICE = "each is scored by its own label: delete such lines and predict again"
 
 
 def read_result(submit_dir: Path, pairs: Sequence[Pair], pairs_path: Path) -> list[Prediction]:
@@ -86,7 +89,12 @@ def judged(submit_dir: Path, pairs_path: Path) -> Judged:
     rows = read_result(submit_dir, pairs, pairs_path)
     scores, notes = run_similarity(submit_dir, len(rows), pairs_path)
     thresholds = np.array([row.threshold for row in rows], dtype=np.float64)
-    return Judged(scores, labels_of(rows, pairs), thresholds, [*contradictory(pairs, pairs_path), *notes])
+    return Judged(
+        scores,
+        labels_of(rows, pairs),
+        thresholds,
+        [*filter(None, [contradiction_note(pairs_path, pairs, CONTRADICTION_ADVICE)]), *notes],
+    )
 
 
 def labels_of(rows: Sequence[Prediction], pairs: Sequence[Pair]) -> Labels:
@@ -95,18 +103,3 @@ def labels_of(rows: Sequence[Prediction], pairs: Sequence[Pair]) -> Labels:
     for pair in reversed(pairs):
         listed[pair.left, pair.right].append(pair.label)
     return np.array([listed[row.left, row.right].pop() for row in rows], dtype=np.int64)
-
-
-def contradictory(pairs: Sequence[Pair], pairs_path: Path) -> list[str]:
-    """A line when pairs are listed with both labels, whichever item comes first: nobody is right on both."""
-    labels = defaultdict[tuple[str, str], set[int | None]](set)
-    for pair in pairs:
-        labels[min(pair.left, pair.right), max(pair.left, pair.right)].add(pair.label)
-    both = [key for key, found in labels.items() if len(found) > 1]
-    if not both:
-        return []
-    verb = "pair is" if len(both) == 1 else "pairs are"
-    return [
-        f"{pairs_path}: {len(both)} {verb} listed with both labels, first {clip(both[0])}; each listing is scored by "
-        "its own label"
-    ]

@@ -227,7 +227,7 @@ def build_text(settings: TextEncoder, config: Mapping[str, Any], pretrained: boo
     resolved = AutoConfig.for_model(**config)
     without_pooler = {"add_pooling_layer": False} if config.get("model_type") in ("bert", "roberta") else {}
     if kind == "random":
-        return AutoModel.from_config(resolved, **without_pooler)  # type: ignore[no-any-return]
+        return AutoModel.from_config(resolved, trust_remote_code=False, **without_pooler)  # type: ignore[no-any-return]
     try:
         return AutoModel.from_pretrained(place, config=resolved, trust_remote_code=False, **without_pooler)  # type: ignore[no-any-return]
     except Exception as error:  # a stranger's weights raise all sorts; a pickle that would run code is refused unrun

@@ -73,6 +73,7 @@ def plan_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
         f"steps: {start}{left:,} of {options.pairs} pairs; ranks {fellows.count}; each pair is met {epochs:.3g} times",
         f"time: {duration(left * step_seconds + validations * validation)}: {step_seconds:.3g} s a step, "
         f"{validations} validations of {validation:.3g} s; from a probe of {PROBE_STEPS} steps",
+        *task.notes,
     ]
     print("\n".join([*lines, NEXT]))
 

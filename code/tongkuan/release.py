@@ -6,6 +6,7 @@
 import math
 import pickle
 import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -18,15 +19,17 @@ from typing import Any
 
 import orjson
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
-from tongkuan.checkpoint import ModelCard, stream_model
+from tongkuan.checkpoint import MODEL_KEY, ModelCard, kind_of, stream_model
 from tongkuan.config import ModelSettings, TextEncoder, load_settings
 from tongkuan.data import build_tokenizer
 from tongkuan.errors import UserError, entrypoint, missing
 from tongkuan.files import READ_BLOCK, check_target, sha256_of
 from tongkuan.model import WEIGHTS_DIR, TwoTowers, build, build_image, download, fetch, locate, text_config_of
+from tongkuan.wrappings import unwrap
 
 PARTS = tuple(f".part{a}{b}" for a, b in product(ascii_lowercase, repeat=2))
 TOWERS = {"threshold": "1", "commodity": "2"}
@@ -61,7 +64,7 @@ def import_release(
     """Write `out` from a released checkpoint; nothing is written when a key is missing, unexpected or mis-shaped."""
     check_target(out)
     with whole_file(checkpoint, out.parent) as path:
-        params = read_params(path, checkpoint)
+        params, note = read_params(path, checkpoint)
         settings = recipe(params, preset, overrides)
         text_config, tokenizer = text_parts(settings.text, text_encoder, params)
         with torch.device("meta"):  # shapes without numbers
@@ -74,6 +77,8 @@ def import_release(
         card = ModelCard(settings, threshold, text_config, tokenizer, facts)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         stream_model(out, card, shapes, read_in_order(path, checkpoint, origins))
+    if note:
+        print(note)
     print(f"{out}: {len(shapes)} tensors of {checkpoint.name}, threshold {threshold:.6g}")
     print(f"next: {entrypoint('predict', '--data', 'data', '--split', 'test', '--model', out)}")
 
@@ -85,6 +90,8 @@ def import_release(
 @contextmanager
 def whole_file(checkpoint: Path, folder: Path) -> Iterator[Path]:
     """The checkpoint as one file: itself, or its parts .partaa, .partab … joined in a temporary file in `folder`."""
+    if checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: a folder; name the checkpoint's file in it")
     base = checkpoint.with_name(re.sub(r"\.part[a-z]{2}$", "", checkpoint.name))
     if base == checkpoint and checkpoint.is_file():
         yield checkpoint
@@ -106,23 +113,33 @@ def whole_file(checkpoint: Path, folder: Path) -> Iterator[Path]:
         yield whole
 
 
-def read_params(path: Path, shown: Path) -> dict[str, Tensor]:
-    """Tensors by released key, mapped from the file rather than read. Nothing in the file is executed."""
+def read_params(path: Path, shown: Path) -> tuple[dict[str, Tensor], str]:
+    """(tensors by released key, mapped from the file rather than read, a note or nothing). Nothing is executed."""
+    params, note = unwrap(read_content(path, shown), shown)
+    return {key: value.detach() for key, value in params.items() if not IGNORED.search(key)}, note
+
+
+def read_content(path: Path, shown: Path) -> object:
+    """What a torch file or a safetensors file holds, tensors mapped from it."""
     try:
-        with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"  # files of before torch 1.6 are none, and cannot be mapped
+        kind = kind_of(path)
+        if kind == "safetensors":
+            quoted = shlex.quote(str(shown))
+            with safe_open(path, framework="pt") as file:
+                if MODEL_KEY in (file.metadata() or {}):
+                    raise UserError(
+                        f"{shown}: a model of ours already; ./entrypoint.sh predict --model {quoted} takes it"
+                    )
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         with warnings.catch_warnings(action="ignore"):  # of other pickle protocols; the error says enough
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            # Files of before torch 1.6 are no archives, and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "archive")
     except pickle.UnpicklingError as error:
         what = "damaged, or holds more than tensors, which could run code (none of it was run)"
-        raise UserError(f"{shown}: {what}; {ADVICE}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        again = "or save its state dict alone: torch.save(model.state_dict(), FILE)"
+        raise UserError(f"{shown}: {what}; {ADVICE}, {again}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{shown}: not a whole torch file ({first_line(error)}); {ADVICE}") from error
-    params = state.get("params", state) if isinstance(state, dict) else None
-    if not isinstance(params, dict) or not any(isinstance(value, Tensor) for value in params.values()):
-        raise UserError(f'{shown}: no {{"params": state_dict}} nor a state_dict; name the released checkpoint')
-    named = {str(key).removeprefix("module."): value for key, value in params.items()}  # DDP's prefix
-    return {key: value for key, value in named.items() if isinstance(value, Tensor) and not IGNORED.search(key)}
 
 
 def first_line(error: BaseException | None) -> str:
@@ -149,7 +166,7 @@ def released_names(name: str) -> list[str]:
 def read_in_order(path: Path, shown: Path, origins: Mapping[str, Sequence[str]]) -> Iterator[Tensor]:
     """Our tensors as float32, sorted by name. Only one tower's part of the file is mapped at a time."""
     for _, names in groupby(sorted(origins), key=lambda name: name.partition(".")[0]):
-        params = read_params(path, shown)  # mapped anew, so that the pages of the tower before are given back
+        params, _ = read_params(path, shown)  # mapped anew, so that the pages of the tower before are given back
         for name in names:
             rows = [params[key].float() for key in origins[name]]
             yield rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -172,6 +189,9 @@ def check_keys(
             if key in params and params[key].shape != shape
         ],
     }
+    problems["of no plain numbers"] = [
+        f"{key} {params[key].dtype}" for key in wanted if key in params and not is_plain(params[key])
+    ]
     told = [
         f"{len(keys)} {problem} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
         for problem, keys in problems.items()
@@ -180,6 +200,11 @@ def check_keys(
     if told:
         advice = "name the recipe's encoders with --preset, --text-encoder and model.image.architecture=…"
         raise UserError(f"{shown}: keys {'; '.join(told)}; not imported; {advice}")
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is floating-point numbers, all there: not quantised, sparse or without contents."""
+    return value.is_floating_point() and value.layout == torch.strided and value.device.type == "cpu"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

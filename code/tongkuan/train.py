@@ -7,7 +7,7 @@ Run the same command again after an interruption: it goes on from the last check
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from tongkuan.encode import autocast, batch_size, distinct_items, encode, length
 from tongkuan.errors import FaultError, UserError, clip, entrypoint
 from tongkuan.evaluate import labels_of
 from tongkuan.files import check_target, check_writable, publish
+from tongkuan.labels import NAMES, contradiction_note, only_label
 from tongkuan.memory import describe_memory, noting_shortage
 from tongkuan.metrics import average_precision, best_threshold, quality_at
 from tongkuan.model import TwoTowers, build, checkpoint_activations, pair_logits, text_config_of, whiten_head
@@ -50,15 +51,20 @@ class Task:
     valid_store: ItemStore
     card: ModelCard
     """Settings, tokenizer and text configuration of the model to be."""
+    notes: tuple[str, ...] = ()
+    """A line on each thing that the labels cannot tell."""
 
 
 def load_task(settings: Settings, data_dir: Path) -> Task:
     """Read and check both splits before anything costs time."""
-    items, pairs = {}, {}
+    items, pairs, notes = {}, {}, []
     for split in ("train", "valid"):
         path = item_file(data_dir, split)
         items[split] = read_items(path)
         pairs[split] = read_pairs(pair_file(data_dir, split), items[split], items_path=path)
+        notes.append(contradiction_note(pair_file(data_dir, split), pairs[split]))
+    check_train_labels(pair_file(data_dir, "train"), pairs["train"])
+    notes.append(valid_labels_note(pair_file(data_dir, "valid"), pairs["valid"]))
     model = settings.model
     tokenizer, text_config = None, None
     if model.inputs != "image":
@@ -70,7 +76,27 @@ def load_task(settings: Settings, data_dir: Path) -> Task:
         open_store(items[split], data_dir, model, card.open_tokenizer(), settings.data.cache_mb)
         for split in ("train", "valid")
     ]
-    return Task(pairs["train"], stores[0], pairs["valid"], stores[1], card)
+    return Task(pairs["train"], stores[0], pairs["valid"], stores[1], card, tuple(filter(None, notes)))
+
+
+def check_train_labels(path: Path, pairs: Sequence[Pair]) -> None:
+    """UserError when all pairs have one label: the loss then falls without an end, whatever the items are."""
+    if (label := only_label(pairs)) is not None:
+        raise UserError(
+            f"{path}: all {len(pairs):,} pairs have label {label}, from which a model only learns to call any pair "
+            f"{NAMES[label]}; add pairs of label {1 - label}, or draw train and valid anew: ./entrypoint.sh split"
+        )
+
+
+def valid_labels_note(path: Path, pairs: Sequence[Pair]) -> str:
+    """A line when all pairs have one label, else nothing."""
+    if (label := only_label(pairs)) is None:
+        return ""
+    return (
+        f"note: {path}: only pairs of label {label}: no threshold can be chosen there and no step be told the best, so "
+        f"the last step's model is kept, with threshold 0, as trained; add pairs of label {1 - label}, or draw train "
+        "and valid anew: ./entrypoint.sh split"
+    )
 
 
 def learning_rate_at(step: int, peak: float, settings: TrainSettings) -> float:
@@ -94,22 +120,30 @@ def load_parts(task: Task, settings: Settings, fellows: Ranks, first_step: int) 
 
 
 def validate(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run: Run, step: int) -> None:
-    """Choose the threshold on the validation pairs, log, and keep the model if it is the best so far."""
+    """Choose the threshold on the validation pairs, log, and keep the model if it is the best so far.
+
+    Pairs of one label choose nothing: any F1 there is reached by calling all pairs alike. The newest model is kept.
+    """
     model.eval()
     item_ids = distinct_items(task.valid_pairs)
     embeddings = encode(model, task.valid_store, item_ids, settings.data, fellows, settings.train.precision, "validate")
     model.train()
     scores, labels = scores_of(task.valid_pairs, embeddings), labels_of(task.valid_pairs)
-    threshold, f1 = best_threshold(scores, labels)
+    is_undecided = only_label(task.valid_pairs) is not None
     at_zero, precision = quality_at(scores, labels, 0.0).f1, average_precision(scores, labels)
+    threshold, f1 = (0.0, at_zero) if is_undecided else best_threshold(scores, labels)
     figures = {"valid_f1": f1, "threshold": threshold, "valid_f1_at_0": at_zero, "valid_average_precision": precision}
     run.log(step, figures)
     if not fellows.is_first:
         return
-    is_best = f1 > run.best_f1
-    kept = ", best so far" if is_best else ""
-    tqdm.write(f"step {step}: valid F1 {f1:.4f} at {threshold:.4f}, {at_zero:.4f} at 0{kept}")
-    if is_best:
+    is_kept = is_undecided or f1 > run.best_f1
+    if is_undecided:
+        right = np.mean((scores > 0) == (labels == 1))
+        tqdm.write(f"step {step}: {right:.1%} of the valid pairs, all of label {labels[0]}, told right at 0; kept")
+    else:
+        kept = ", best so far" if is_kept else ""
+        tqdm.write(f"step {step}: valid F1 {f1:.4f} at {threshold:.4f}, {at_zero:.4f} at 0{kept}")
+    if is_kept:
         run.best_f1 = f1
         facts = {"step": step, **figures, "train": settings.train.model_dump(mode="json")}
         card = ModelCard(settings.model, threshold, task.card.text_config, task.card.tokenizer, facts)
@@ -151,6 +185,8 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
     task = load_task(settings, data_dir)
     with ranks() as fellows:
         check_batch(settings.train, fellows)
+        if fellows.is_first and task.notes:
+            print("\n".join(task.notes), flush=True)
         if settings.train.threads is not None:
             torch.set_num_threads(settings.train.threads)
         torch.manual_seed(settings.train.seed)
@@ -169,7 +205,10 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
             for store in (task.train_store, task.valid_store):
                 if complaint := store.complaint():
                     print(complaint)
-            print(f"{model_path}: best of {settings.train.steps} steps, valid F1 {run.best_f1:.4f}")
+            is_undecided = only_label(task.valid_pairs) is not None
+            kept = "the last" if is_undecided else "best"
+            told = "threshold 0, none chosen" if is_undecided else f"valid F1 {run.best_f1:.4f}"
+            print(f"{model_path}: {kept} of {settings.train.steps} steps, {told}")
             print(f"next: {entrypoint('predict', '--data', data_dir, '--model', model_path)}")
 
 
@@ -202,8 +241,8 @@ class Learner:
         if fellows.count > 1:
             gpu = [fellows.device] if fellows.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(model, device_ids=gpu)
-        self.waited, self.steps = 0.0, 0
-        """Seconds that steps have stood still for their input, and how many steps."""
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        """Since when steps are counted, seconds that they have stood still for their input, and how many they are."""
 
     def step(self, step: int, loaded: Iterator[Loaded]) -> tuple[Tensor, Tensor]:
         """One optimiser step on the next `accumulate` parts: (this rank's mean loss, gradient norm before clipping)."""
@@ -227,10 +266,16 @@ class Learner:
         self.steps += 1
         return mean_loss, norm
 
-    def take_wait(self) -> float:
-        """Seconds a step stood still for its input since the last question."""
-        wait, self.waited, self.steps = self.waited / max(1, self.steps), 0.0, 0
-        return wait
+    def take_times(self) -> tuple[float, float]:
+        """(pairs a second, seconds a step stood still for its input) since the last question, 0 without a step.
+
+        By a clock of our own: without a terminal, the progress bar has none.
+        """
+        now = time.perf_counter()
+        speed = self.steps * self.settings.train.pairs / (now - self.started) if now > self.started else 0.0
+        wait = self.waited / max(1, self.steps)
+        self.started, self.waited, self.steps = now, 0.0, 0
+        return speed, wait
 
     def part_loss(self, part: Part, batch: Batch, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a part's pairs; all items go through the (wrapped) model in one forward."""
@@ -241,9 +286,8 @@ class Learner:
         )
         images, mask = normalised(batch, self.settings.model.image), batch.mask
         if options.augmentation != Augmentation():  # its draws are made on the host
-            images, mask = augment(
-                images, mask, options.augmentation, options.seed, part.step, part.rows, 2 * options.pairs
-            )
+            place = (options.seed, part.step, part.rows, 2 * options.pairs, self.settings.model.text.max_tokens)
+            images, mask = augment(images, mask, options.augmentation, *place)
         with autocast(self.device, options.precision):
             embeddings = self.wrapped(images, batch.ids, mask)  # (items, 2D)
         embeddings = embeddings.float()
@@ -270,6 +314,7 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
     quiet = None if fellows.is_first else True
     bar = tqdm(total=options.steps * pairs, initial=done * pairs, desc="train", unit="pair", disable=quiet)
     shortage = noting_shortage(model, learner.optimizer, settings, fellows)
+    learner.take_times()
     with shortage, StopRequests(fellows) as requests, bar as progress:
         for step in range(done, options.steps):
             loss, norm = learner.step(step, loaded)
@@ -289,14 +334,16 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
                 run.losses.clear()
                 rate = learner.optimizer.param_groups[0]["lr"]
                 figures = {"loss": mean, "gradient_norm": size, "learning_rate": rate}
-                speed, wait = progress.format_dict["rate"] or 0.0, learner.take_wait()
+                speed, wait = learner.take_times()
                 run.log(finished, figures, {"pairs_per_second": speed, "data_wait_seconds": wait})
                 progress.set_postfix(loss=f"{mean:.4f}", data_wait=f"{1000 * wait:.1f} ms")
+            paused = time.perf_counter()
             if is_validated and not is_stopped:
                 validate(model, task, settings, fellows, run, finished)
             if is_saved:
                 owes = is_validated and is_stopped
                 run.save(finished, model, learner.optimizer, learner.scaler, owes)
+            learner.started += time.perf_counter() - paused  # no step's time
             if is_stopped:
                 break
 

@@ -25,7 +25,10 @@ BLOCK = 512  # pictures compared at a time
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """Two items labelled different, and the same through pairs: `chain` has the item ids from one to the other."""
+    """Two items labelled different, and the same through pairs: `chain` has the item ids from one to the other.
+
+    Of an item labelled different from itself, it has that one.
+    """
 
     left: str
     right: str
@@ -53,7 +56,7 @@ def read_sides(data_dir: Path, pairs_path: Path, pairs: Sequence[Pair]) -> dict[
 
 
 def contradictions(sides: Mapping[str, Sequence[Pair]]) -> list[Contradiction]:
-    """Pairs labelled different whose items the "same" labels join, directly or through other items."""
+    """Pairs labelled different whose items the "same" labels join, directly or through other items, or are one."""
     told = [(pair, name) for name, pairs in sides.items() for pair in pairs]
     same = [pair for pair, _ in told if pair.label == 1]
     group_of: dict[str, int] = {}
@@ -66,17 +69,17 @@ def contradictions(sides: Mapping[str, Sequence[Pair]]) -> list[Contradiction]:
             neighbours.setdefault(right, set()).add(left)
     found: dict[tuple[str, str], Contradiction] = {}
     for pair, name in told:
-        if pair.label == 0 and pair.left in group_of and group_of[pair.left] == group_of.get(pair.right):
-            left, right = sorted((pair.left, pair.right))
-            if (left, right) not in found:
-                found[left, right] = Contradiction(left, right, shortest_way(left, right, neighbours), name)
+        left, right = sorted((pair.left, pair.right))
+        is_joined = left == right or (left in group_of and group_of[left] == group_of.get(right))
+        if pair.label == 0 and is_joined and (left, right) not in found:
+            found[left, right] = Contradiction(left, right, shortest_way(left, right, neighbours), name)
     return sorted(found.values(), key=lambda fault: (len(fault.chain), fault.left, fault.right))
 
 
 def shortest_way(start: str, end: str, neighbours: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
     """Item ids from `start` to `end` over the fewest pairs; of equal ways, the same one every time."""
     before = {start: start}
-    ring = [start]
+    ring = [start] if start != end else []
     for item_id in ring:  # grows on the way: breadth first
         for other in sorted(neighbours[item_id]):
             if other not in before:
