@@ -67,7 +67,7 @@ def convert(sources: dict[str, Source], task: Task) -> Outcome:
     """Read, squash and write one picture; what cannot be read is an outcome, not an error."""
     split, key, target, size = task
     try:
-        data, repair, width, height = squash(sources[split].read(key), size)
+        data, status, detail, width, height = squash(sources[split].read(key), size)
     except UnreadableError as error:
         return "unreadable", str(error), error.width, error.height
     # Renamed, but not fsynced one by one as `publish` does (that is ten times slower on a disk): the ledger, written
@@ -80,7 +80,7 @@ def convert(sources: dict[str, Source], task: Task) -> Outcome:
         Path(temporary).unlink(missing_ok=True)
         raise
     os.replace(temporary, target)  # noqa: PTH105 - a Path for each of 100,000 names is only slower
-    return "repaired" if repair else "ok", repair, width, height
+    return status, detail, width, height
 
 
 def convert_all(pictures: list[Picture], sources: dict[str, Source], images: Path, size: int, workers: int) -> None:
@@ -121,7 +121,7 @@ def apply_outcome(picture: Picture, outcome: Outcome) -> None:
         picture.image = ""
     if status != "ok":
         picture.status = status
-        picture.detail = "; ".join(part for part in (detail, picture.detail) if part)
+    picture.detail = "; ".join(part for part in (detail, picture.detail) if part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tongkuan.errors import UserError
-from tongkuan.pictures import UnreadableError, reason
-
-MAX_BYTES = 64 << 20  # of one picture file, unpacked
+from tongkuan.pictures import MAX_BYTES, UnreadableError, reason
 
 
 class Folder:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tongkuan.attributes import item_text
 from tongkuan.config import ModelSettings
-from tongkuan.data import read_image
 from tongkuan.model import TwoTowers, pair_logits
+from tongkuan.pictures import read_image
 from tongkuan.records import Item, Pair
 
 BATCH = 4  # pairs

@@ -231,11 +231,11 @@ ODD = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "P"), ("PNG",
 @pytest.mark.parametrize("size", [(1, 1), (30_000, 10), (10, 30_000)])
 def test_odd_sizes_and_modes_become_square_pictures(kind: str, mode: str, size: tuple[int, int]) -> None:
     how = {"transparency": 0} if mode == "P" else {}
-    made, repair, width, height = pictures.squash(
+    made, status, detail, width, height = pictures.squash(
         picture(0 if mode in ("P", "I;16", "F") else None, kind, size, mode, **how), 32
     )
     with Image.open(io.BytesIO(made)) as image:
-        assert (image.size, image.mode, repair) == ((32, 32), "RGB", "")
+        assert (image.size, image.mode, status, detail) == ((32, 32), "RGB", "ok", "")
     assert (width, height) == size
 
 

@@ -85,14 +85,14 @@ def test_a_pair_listed_twice_is_scored_by_the_label_of_each_listing(
     submit: Path, labels: str, thresholds: list[float], f1: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert both_labels(submit, labels, thresholds) == pytest.approx(f1)
-    assert "pairs.jsonl: 1 pair is listed with both labels, first ('a', 'b')" in capsys.readouterr().out
+    assert "'a' and 'b' are labelled" in capsys.readouterr().out
 
 
 def test_a_pair_listed_twice_with_one_label_is_no_contradiction(
     submit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert both_labels(submit, "11", [0, 0]) == 1.0
-    assert "both labels" not in capsys.readouterr().out
+    assert "are labelled" not in capsys.readouterr().out
 
 
 def drop_last(rows: list[dict[str, object]]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 CODE = Path(__file__).resolve().parents[1]
 # A module may import those of the lines above its own, and of its own line only where it says so.
 LAYERS = [
-    {"errors", "terminal"},
+    {"errors", "terminal", "colours"},
     {"files", "processor", "pictures", "rows", "group"},
     {"records", "distributed", "metrics", "command", "guard_process"},
     {"attributes", "labels", "wrappings", "launch", "options", "guard"},

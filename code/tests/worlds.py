@@ -1,6 +1,7 @@
 """Small worlds for tests: a few items with 16-pixel pictures, random towers of some thousand weights."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -48,6 +49,22 @@ def tiny_preset(folder: Path) -> Path:
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def hand_out_pictures(raw_dir: Path, pictures: dict[str, bytes]) -> Path:
+    """A raw folder of test items named as their pictures, each in a pair with the first."""
+    folder = raw_dir / "item_test_images"
+    folder.mkdir(parents=True)
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+    names = list(pictures)
+    write_jsonl(raw_dir / "item_test_info.jsonl", [{"item_id": name, "item_image_name": name} for name in names])
+    write_jsonl(raw_dir / "item_test_pair.jsonl", [{"src_item_id": names[0], "tgt_item_id": name} for name in names])
+    return raw_dir
 
 
 def make_data(data_dir: Path, num_products: int = 6, listings: int = 3) -> Path:

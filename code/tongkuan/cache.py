@@ -7,8 +7,9 @@ was padded, and on how many rows the matrix products had. Embeddings kept one by
 from those of a run without a cache; a batch that comes back for exactly the same batch does not. So one changed item
 costs its own batch, and those whose items moved.
 
-A file's name is the SHA-256 of all that decides its numbers: model file, precision, processor, versions, code, and of
-each item in order its tokens and its picture file. Nothing is ever out of date; the folder may be deleted at any time.
+A file's name is the SHA-256 of all that decides its numbers: model file, precision, processor, versions, code, the
+side that pictures put by hand are squashed to, and of each item in order its tokens and its picture file. Nothing is
+ever out of date; the folder may be deleted at any time.
 """
 
 import hashlib
@@ -28,8 +29,9 @@ from tongkuan.processor import processor_of
 
 # Packages that decide the bits of an embedding.
 VERSIONED = ("torch", "timm", "transformers", "tokenizers", "numpy", "pillow")
+RESIZER = "cykooz-resizer"  # of pictures put by hand
 # Ours that do, between tokens and picture files on one side and embeddings on the other, and this file's format.
-SOURCES = ("cache", "data", "encode", "model")
+SOURCES = ("cache", "colours", "data", "encode", "model", "pictures")
 CHECKSUM = hashlib.sha256().digest_size  # bytes
 
 
@@ -44,7 +46,7 @@ class Cache:
             "precision": precision,
             "processor": processor_of(device),
             "torch": torch.__version__,  # tells builds for CPU and CUDA apart, as the package's version may not
-            "versions": {name: version(name) for name in VERSIONED},
+            "versions": {name: version(name) for name in (*VERSIONED, RESIZER)},
             "sources": {name: sha256_of(Path(__file__).with_name(f"{name}.py")) for name in SOURCES},
         }
         self._recipe = orjson.dumps(recipe, option=orjson.OPT_SORT_KEYS)
@@ -77,7 +79,7 @@ class Cache:
     def key(self, store: ItemStore, item_ids: Sequence[str]) -> str:
         """The name of a batch's file."""
         pictures = [self.picture_hash(store, item_id) for item_id in item_ids]
-        asked = [self._recipe.decode(), store.tokens(item_ids), pictures]
+        asked = [self._recipe.decode(), store.tokens(item_ids), pictures, store.side]
         contents = orjson.dumps(asked, option=orjson.OPT_SERIALIZE_NUMPY)
         return hashlib.sha256(contents).hexdigest()
 

@@ -1,17 +1,19 @@
 """From items to tensors: tokenise, decode, batch, prefetch, augment."""
 
+import functools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import orjson
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional
@@ -20,11 +22,13 @@ from tongkuan.attributes import item_text
 from tongkuan.config import Augmentation, ImageEncoder, ModelSettings, TextEncoder
 from tongkuan.errors import UserError
 from tongkuan.model import locate, unreachable
-from tongkuan.pictures import PICTURE_FORMATS
+from tongkuan.pictures import SIDE, UnreadableError, prepared_side, read_image
 from tongkuan.records import Item
 
 T = TypeVar("T")
 U = TypeVar("U")
+LOOKED_AT = 1000  # pictures, to find one that resize has made
+LONGEST_ROW = 1 << 16  # bytes, of a ledger
 
 KEPT_BESIDE = 250  # bytes that keeping an array takes beside its numbers: the object, its place in a dictionary
 TEXTS_AT_ONCE = 1024  # tokenised together when only their lengths are asked for
@@ -84,13 +88,28 @@ def build_tokenizer(settings: TextEncoder, texts: Iterable[str]) -> Tokenizer:
 # Pictures
 
 
-def read_image(path: Path, size: int) -> NDArray[np.uint8]:
-    """A picture squashed to (3, size, size), bicubic, RGB."""
-    with Image.open(path, formats=PICTURE_FORMATS) as image:
-        rgb = image.convert("RGB")
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+def side_of(image_dir: Path) -> int:
+    """Pixels a side of the pictures that resize made in a folder; SIDE where there is none among the first LOOKED_AT.
+
+    Those put there by hand are read as if resize had made them with the others.
+    """
+    names = made_by_resize(image_dir.parent / "ledger.jsonl")
+    try:
+        names = sorted(path.name for path in image_dir.iterdir()) if names is None else names
+    except OSError:
+        names = []
+    sides = (prepared_side(image_dir / name) for name in names[:LOOKED_AT])
+    return next(filter(None, sides), SIDE)
+
+
+def made_by_resize(ledger: Path) -> list[str] | None:
+    """The first pictures of resize's ledger, at most LOOKED_AT; None without one that can be read."""
+    try:
+        with ledger.open("rb") as file:
+            rows = [orjson.loads(line) for line in islice(iter(lambda: file.readline(LONGEST_ROW), b""), LOOKED_AT)]
+        return [Path(row["image"]).name for row in rows if row["image"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def normalised(batch: Batch, settings: ImageEncoder) -> Tensor:
@@ -160,6 +179,11 @@ class ItemStore:
         """Name of the item's picture file, empty when it has none or the model looks at none."""
         return self.items[item_id].image_name if self.settings.inputs != "text" else ""
 
+    @functools.cached_property
+    def side(self) -> int:
+        """What pictures put by hand are squashed to before the model's size, as `side_of` has it."""
+        return side_of(self.image_dir)
+
     def image(self, item_id: str) -> NDArray[np.uint8] | None:
         """The item's picture (3, S, S), or None when it has none or it cannot be read (then `unreadable` knows)."""
         name = self.picture(item_id)
@@ -168,8 +192,8 @@ class ItemStore:
         if (kept := self._images.get(name)) is not None:
             return kept
         try:
-            image = read_image(self.image_dir / name, self.settings.image.size)
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+            image = read_image(self.image_dir / name, self.settings.image.size, self.side)
+        except UnreadableError:
             with self._lock:
                 self.unreadable.add(name)
             return None

@@ -1,21 +1,33 @@
-"""One picture, a hostile one included: decoded, upright, RGB, squashed to a square."""
+"""The one reader of pictures, hostile ones included: decoded, upright, sRGB, squashed to a square."""
 
+import functools
 import io
 import logging
 import re
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
+
+from tongkuan.colours import jpeg2000_profile, to_srgb
 
 # Only decoders that stay inside the process: Pillow hands EPS, for one, to Ghostscript.
 PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "ICO", "PPM", "JPEG2000")
+MAX_BYTES = 64 << 20  # of one picture file, unpacked
 MAX_PIXELS = 100_000_000
 TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels"
 # A JPEG is decoded at 1/2, 1/4 or 1/8 only when that leaves this many times the wanted side. The mean difference from
 # the full decode is then at most 0.92 grey levels, on white noise; 0.45 on noisy shapes. At 2 times noise is 3.6 off.
 ROOM = 4
+QUALITY = 95  # of the JPEGs that resize makes, stored without halving the colours' resolution
+SIDE = 384  # pixels of such a JPEG unless resize is told otherwise
 ENOUGH_ROWS = 0.5  # a truncated picture is kept when at least this share of its rows was decoded
 
 
@@ -27,26 +39,96 @@ class UnreadableError(Exception):
         self.width, self.height = width, height
 
 
-def squash(data: bytes, size: int) -> tuple[bytes, str, int, int]:
-    """(JPEG of size x size without metadata, "" or what was repaired, source width, source height).
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An upright RGB picture; width and height as stored. `detail` says what was repaired or set aside, "" nothing."""
+
+    image: Image.Image
+    width: int
+    height: int
+    kind: str | None = None
+    detail: str = ""
+    is_repaired: bool = False
+    is_prepared: bool = False
+    """Whether it is a square JPEG as `squash` writes them."""
+
+
+def squash(data: bytes, size: int) -> tuple[bytes, str, str, int, int]:
+    """(JPEG of size x size without metadata, "ok" or "repaired", detail, source width, source height).
 
     Raises UnreadableError for anything that is not a picture or not enough of one.
     """
+    found = open_picture(data, size * ROOM)
+    status = "repaired" if found.is_repaired else "ok"
+    return to_jpeg(found.image, size), status, found.detail, found.width, found.height
+
+
+def read_image(path: Path, size: int, side: int = SIDE) -> NDArray[np.uint8]:
+    """A picture squashed to (3, size, size), RGB. Raises UnreadableError.
+
+    What resize has made is taken as it is. Anything else is read as if `resize --size SIDE` had been there, its JPEG
+    included, since an embedding tells the two apart: the same picture put by hand gives the same numbers.
+    """
+    data = read_file(path)
+    found = open_picture(data, side * ROOM)
+    if found.is_prepared:
+        is_whole = found.image.size == (found.width, found.height)
+        image = found.image if is_whole else open_picture(data).image
+    else:
+        image = decode(to_jpeg(found.image, side)).image
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def prepared_side(path: Path) -> int | None:
+    """Pixels a side of a picture that resize has made, from its header; None when it is another or none."""
     try:
-        image, width, height = decode_reduced(data, size * ROOM)
-        repair = ""
+        if not path.is_file():  # a named pipe would block for ever
+            return None
+        with decoding.many(), Image.open(path, formats=("JPEG",)) as image:
+            return image.width if is_prepared(image) else None
+    except Exception:  # hostile bytes raise all sorts
+        return None
+
+
+def read_file(path: Path) -> bytes:
+    """A picture file's bytes, at most MAX_BYTES. Raises UnreadableError."""
+    try:
+        if not path.is_file():  # a named pipe would block for ever
+            raise UnreadableError("no such file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise UnreadableError("cannot be opened") from error
+    if len(data) > MAX_BYTES:
+        raise UnreadableError(f"larger than {MAX_BYTES >> 20} MB")
+    return data
+
+
+def open_picture(data: bytes, least: int | None = None) -> Decoded:
+    """A picture of any known format, repaired where enough of it is there. Raises UnreadableError and nothing else.
+
+    With `least`, a JPEG may come reduced, to no fewer pixels a side than that.
+    """
+    try:
+        return decode_reduced(data, least)
     except UnreadableError:
         raise
     except Exception as error:  # decoders of hostile bytes raise all sorts; each is this picture's fault alone
         try:
-            image, repair, width, height = decode_truncated(data, reason(error))
+            return decode_truncated(data, reason(error))
         except UnreadableError:
             raise
         except Exception:
             raise UnreadableError(reason(error)) from error
+
+
+def to_jpeg(image: Image.Image, size: int) -> bytes:
+    """An RGB picture squashed to size x size, as the JPEG that resize writes."""
     buffer = io.BytesIO()
-    bicubic(image, size).save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue(), repair, width, height
+    bicubic(image, size).save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+    return buffer.getvalue()
 
 
 def silence_pillow() -> None:
@@ -75,46 +157,120 @@ def reduction(width: int, height: int, least: int) -> int:
     return next((scale for scale in fits if width % scale == height % scale == 0), 1)
 
 
-def decode_reduced(data: bytes, least: int) -> tuple[Image.Image, int, int]:
+class Decoding:
+    """Lets many threads decode at once, or one alone that has Pillow's switch for truncated files set.
+
+    The switch, and what is done with warnings, hold for the whole process: a picture decoded beside one that is being
+    repaired would lose rows without a word.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._is_taken = 0, False
+
+    @contextmanager
+    def many(self) -> Iterator[None]:
+        """Among others."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_taken)
+            self._inside += 1
+            if self._inside == 1:
+                self._warnings = warnings.catch_warnings()
+                self._warnings.__enter__()
+                warnings.simplefilter("ignore")  # on odd metadata and on sizes, which are checked
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                if not self._inside:
+                    self._warnings.__exit__(None, None, None)
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Alone, truncated files welcome."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_taken)
+            self._is_taken = True
+            self._changed.wait_for(lambda: not self._inside)
+        before = ImageFile.LOAD_TRUNCATED_IMAGES
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+            with self._changed:
+                self._is_taken = False
+                self._changed.notify_all()
+
+
+decoding = Decoding()
+
+
+def decode_reduced(data: bytes, least: int | None) -> Decoded:
     """`decode` with `least`; a damaged picture gets a full decode, whose error is the one that the ledger quotes."""
+    if least is None:
+        return decode(data)
     try:
-        return decode(data, least)[:3]
+        return decode(data, least)
     except UnreadableError:
         raise
     except Exception:
-        return decode(data)[:3]
+        return decode(data)
 
 
-def decode(data: bytes, least: int | None = None) -> tuple[Image.Image, int, int, str | None]:
-    """(upright RGB picture of the first frame, width and height as stored, format).
-
-    With `least`, a JPEG may come reduced, to no fewer pixels a side than that; width and height stay the stored ones.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on odd metadata and on sizes, which are checked below
-        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UnreadableError(TOO_LARGE, width, height)
-            if least and (scale := reduction(width, height, least)) > 1:
-                image.draft(None, (width // scale, height // scale))  # does nothing to what is not a JPEG
-            image.load()
-            return to_rgb(upright(image)), width, height, image.format
+def decode(data: bytes, least: int | None = None) -> Decoded:
+    """The first frame of a whole picture, as `open_picture` has it; raises what Pillow raises."""
+    with decoding.many():
+        return decode_now(data, least)
 
 
-def decode_truncated(data: bytes, cause: str) -> tuple[Image.Image, str, int, int]:
-    """(picture, what was repaired, width, height) of a damaged file; rows that never came turn white.
+def decode_now(data: bytes, least: int | None = None) -> Decoded:
+    """`decode` for a thread that `decoding` has let in."""
+    with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise UnreadableError(TOO_LARGE, width, height)
+        if least and (scale := reduction(width, height, least)) > 1:
+            image.draft(None, (width // scale, height // scale))  # does nothing to what is not a JPEG
+        image.load()
+        profile = image.info.get("icc_profile", b"")
+        if image.format == "JPEG2000" and not profile:
+            profile = jpeg2000_profile(data) or b""
+        rgb, complaint = to_rgb(upright(image), profile)
+        return Decoded(rgb, width, height, image.format, complaint, is_prepared=is_prepared(image))
 
-    Raises UnreadableError when too few came. Pillow's switch is global, so it is set only here: a process decodes one
-    picture at a time.
-    """
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
-    try:
-        image, width, height, kind = decode(data)
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-    pixels = np.array(image)  # (rows, columns, 3)
+
+def is_prepared(image: Image.Image) -> bool:
+    """Whether an opened picture is a JPEG as `to_jpeg` writes them. One put by hand that is so too is as good."""
+    return (
+        isinstance(image, JpegImagePlugin.JpegImageFile)
+        and image.format == "JPEG"  # MPO is a JPEG too
+        and image.width == image.height
+        and image.mode == "RGB"
+        and not image.info.keys() & {"exif", "icc_profile"}
+        and image.quantization == prepared_tables()
+        and [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
+    )
+
+
+@functools.cache
+def prepared_tables() -> dict[int, list[int]]:
+    """The quantisation tables that tell QUALITY."""
+    with Image.open(io.BytesIO(to_jpeg(Image.new("RGB", (8, 8)), 8)), formats=("JPEG",)) as image:
+        assert isinstance(image, JpegImagePlugin.JpegImageFile)
+        return image.quantization
+
+
+def decode_truncated(data: bytes, cause: str) -> Decoded:
+    """A damaged file's picture, where rows that never came are white. Raises UnreadableError when too few came."""
+    with decoding.alone():
+        found = decode_now(data)
+    kind = found.kind
+    pixels = np.array(found.image)  # (rows, columns, 3)
     rows = pixels[::-1] if kind == "BMP" else pixels  # a BMP is stored from the bottom up
     # Decoders fill what never came with one colour: zero, or for a JPEG the last colour that did come.
     is_lost = (rows == rows[-1, -1]).all(axis=(1, 2))
@@ -122,9 +278,10 @@ def decode_truncated(data: bytes, cause: str) -> tuple[Image.Image, str, int, in
         is_lost = is_lost[::-1].cumprod()[::-1].astype(bool)
     share = 1 - is_lost.mean()
     if share < ENOUGH_ROWS:
-        raise UnreadableError(f"{cause}; only {share:.0%} of its rows came through", width, height)
+        raise UnreadableError(f"{cause}; only {share:.0%} of its rows came through", found.width, found.height)
     rows[is_lost] = 255
-    return Image.fromarray(pixels), f"{cause}; {share:.0%} of its rows came through", width, height
+    detail = "; ".join(filter(None, (f"{cause}; {share:.0%} of its rows came through", found.detail)))
+    return replace(found, image=Image.fromarray(pixels), detail=detail, is_repaired=True)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -137,21 +294,38 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, 8 bits: deep greys scaled rather than cut off at 255, transparency on white."""
+def to_rgb(image: Image.Image, profile: bytes | None = b"") -> tuple[Image.Image, str]:
+    """(RGB, 8 bits, complaint): deep greys scaled rather than cut off at 255, sRGB, transparency on white.
+
+    `profile` is the embedded ICC profile, b"" without one; the complaint says why it was not used, else "".
+    """
+    colours, layered = image, None
     if image.mode.startswith(("I", "F")):
-        levels = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        highest = float(levels.max(initial=0))
-        # I;16 says its range; for the 32-bit modes the smallest usual range that holds the values is taken.
-        usual = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0, highest)
-        top = next(limit for limit in usual if highest <= limit)
-        return Image.fromarray((levels / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+        colours = shallow(image)
+        if isinstance(key := image.info.get("transparency"), int):  # of a PNG: this level means nothing is there
+            layered = Image.merge("LA", (colours, Image.fromarray(np.asarray(image) != key).convert("L")))
+            layered = layered.convert("RGBA")
+    elif image.has_transparency_data:
         layered = image.convert("RGBA")
-        page = Image.new("RGB", image.size, "white")
-        page.paste(layered, mask=layered.getchannel("A"))
-        return page
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+    complaint = ""
+    if profile != b"":
+        converted, complaint = to_srgb(colours, profile if isinstance(profile, bytes) else None)
+        colours = converted or colours
+    if layered is None:
+        return (colours if colours.mode == "RGB" else colours.convert("RGB")), complaint  # which would copy
+    page = Image.new("RGB", image.size, "white")
+    page.paste(layered if colours.mode != "RGB" else colours, mask=layered.getchannel("A"))
+    return page, complaint
+
+
+def shallow(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 or 32 bits in 8."""
+    levels = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    highest = float(levels.max(initial=0))
+    # I;16 says its range; for the 32-bit modes the smallest usual range that holds the values is taken.
+    usual = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0, highest)
+    top = next(limit for limit in usual if highest <= limit)
+    return Image.fromarray((levels / top * 255).clip(0, 255).round().astype(np.uint8))
 
 
 def reason(error: Exception) -> str:

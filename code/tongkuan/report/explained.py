@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tongkuan.attributes import AttributeStyle
-from tongkuan.data import read_image
+from tongkuan.pictures import read_image
 from tongkuan.records import Item, Pair
 from tongkuan.report.charts import finished, inline
 from tongkuan.report.page import render

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from tongkuan.pictures import PICTURE_FORMATS
+from tongkuan.pictures import UnreadableError, open_picture, read_file
 from tongkuan.processor import available_cores
 from tongkuan.records import Item, Pair, components, item_file, pair_file, read_items, read_pairs
-from tongkuan.report.views import UNREADABLE, Pictures
+from tongkuan.report.views import Pictures
 
 SIDES = ("train", "valid")
 THUMBNAIL = 8  # pixels a side
@@ -94,11 +94,10 @@ def shortest_way(start: str, end: str, neighbours: Mapping[str, Iterable[str]]) 
 def thumbnail(path: Path) -> NDArray[np.float32] | None:
     """float32 (THUMBNAIL * THUMBNAIL * 3,), 0 to 255, None when the picture cannot be read."""
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            image.draft("RGB", (8 * THUMBNAIL, 8 * THUMBNAIL))  # lets the decoder leave out what is not needed
-            small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    except UNREADABLE:
+        image = open_picture(read_file(path), 8 * THUMBNAIL).image
+    except UnreadableError:
         return None
+    small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     return np.asarray(small, dtype=np.float32).reshape(-1)
 
 

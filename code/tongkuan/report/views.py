@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tongkuan.attributes import TEN_KEYS, AttributeStyle, attributes_of, normalise
-from tongkuan.pictures import PICTURE_FORMATS
+from tongkuan.pictures import UnreadableError, open_picture, read_file
 from tongkuan.records import Item, Pair
 from tongkuan.report.result import Result
 
-UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 MAX_PICTURED = 200  # pairs
 PICTURE_SIDE = 176  # pixels
 JPEG_QUALITY = 75
@@ -62,7 +61,10 @@ class Pictures:
         if not name or "\0" in name or inside.startswith(("/", "..")):
             return None
         path = self.folder / inside
-        return path if path.is_file() else None
+        try:
+            return path if path.is_file() else None
+        except OSError:  # a name longer than files may have
+            return None
 
     def state(self, name: str) -> int:
         """One of NAMED, NONE_NAMED, NO_FILE and DAMAGED, without opening the file."""
@@ -78,10 +80,8 @@ class Pictures:
         if path is None:
             return ""
         try:
-            with Image.open(path, formats=PICTURE_FORMATS) as image:
-                image.draft("RGB", (PICTURE_SIDE, PICTURE_SIDE))
-                small = image.convert("RGB")
-        except UNREADABLE:
+            small = open_picture(read_file(path), PICTURE_SIDE).image
+        except UnreadableError:
             self.damaged.add(name)
             return ""
         small.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
