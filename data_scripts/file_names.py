@@ -2,7 +2,6 @@
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
 
 # The strictest first: where several fit equally well, a text that is right by chance is least likely in the first.
 ENCODINGS = ("utf-8", "gb18030", "cp950", "big5hkscs", "cp932", "cp437")
@@ -20,7 +19,8 @@ def decode_names(names: Sequence[tuple[bytes, str | None]], wanted: Iterable[str
     marks = {mark for path in wanted if not path.isascii() for mark in marks_of(path)}
     tables = {encoding: decode_all(unknown, encoding) for encoding in ENCODINGS}
     found = {
-        encoding: {raw for raw, text in table.items() if marks & marks_of(text)} for encoding, table in tables.items()
+        encoding: {raw for raw, text in table.items() if not marks.isdisjoint(marks_of(text))}
+        for encoding, table in tables.items()
     }
     count = len(set(unknown))
     ranked = sorted(ENCODINGS, key=lambda encoding: (-len(found[encoding]), len(tables[encoding]) < count))
@@ -45,10 +45,9 @@ def decode_all(names: Iterable[bytes], encoding: str) -> dict[bytes, str]:
 
 
 def marks_of(path: str) -> set[str]:
-    """What tells a path: itself, its last step, that less its suffix and less all suffixes, where not plain ASCII."""
-    path = unicodedata.normalize("NFC", path.replace("\\", "/")).casefold()
-    name = path.rpartition("/")[2]
-    marks = {path, name, PurePosixPath(name).stem, name.partition(".")[0]}
+    """What tells a path: its steps, and the last less its suffix and less all suffixes, where they are not ASCII."""
+    steps = unicodedata.normalize("NFC", path.replace("\\", "/")).casefold().split("/")
+    marks = (*steps, steps[-1].rpartition(".")[0], steps[-1].partition(".")[0])
     return {mark for mark in marks if not mark.isascii()}
 
 

@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TypeAlias
 from file_names import decode_names, is_litter
 from joined import Joined
 from volumes import OTHER, ArchiveError, Volumes, find_volumes, is_part, open_volumes
-from zips import STORED, DamagedError, Entry, data_start, read_table, unpack
+from zips import MAX_ENTRIES, STORED, DamagedError, Entry, data_start, read_table, unpack
 
 from tongkuan.errors import UserError
 
@@ -22,7 +22,7 @@ MAX_INNER = 10_000  # archives inside archives
 # What those may unpack to, all together; pictures are packed already, so honest ones grow little.
 MAX_SPOOL_RATIO = 50  # times the size of the files that they lie in,
 MAX_SPOOL_BYTES = 1 << 30  # or this if it is more
-MAX_NOTES = 5  # archives that are named on the screen; the ledger names all
+MAX_NOTES = 5  # of a kind; the ledger names all that is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +55,17 @@ class Spool:
         self.path = f"/proc/{os.getpid()}/fd/{self.file.fileno()}"  # worker processes open it by this
 
     def add(self, pieces: Iterable[bytes], limit: int) -> tuple[int, int]:
-        """Append; return where that starts and its size in bytes. Raises OSError, and DamagedError beyond `limit`."""
-        start = self.file.seek(self.size)
-        try:
-            for piece in pieces:
-                if self.file.tell() + len(piece) > limit:
-                    raise DamagedError(f"unpacks to more than {limit >> 20:,} MB")
-                self.file.write(piece)
-            self.file.flush()
-        except (OSError, DamagedError):
-            self.file.truncate(start)
-            raise
-        self.size = self.file.tell()
+        """Append; return where that starts and its size in bytes. Raises OSError, and DamagedError beyond `limit`.
+
+        What failed stays and counts too: thousands of archives that each fail at their end must not take for ever.
+        """
+        start = self.size
+        for piece in pieces:
+            self.size += len(piece)
+            if self.size > limit:
+                raise DamagedError(f"unpacks to more than {limit >> 20:,} MB")
+            self.file.write(piece)
+        self.file.flush()
         return start, self.size - start
 
 
@@ -81,8 +80,9 @@ class Listing:
         self.notes: list[str] = []
         self.spool: Spool | None = None
         self.spooled = -1  # its number among the archives
+        self.num_entries = 0
         self.num_inner = 0
-        self.num_lost = 0
+        self.counts: Counter[str] = Counter()  # notes of each kind
 
     def add_folder(self, root: str) -> None:
         """List what is below `root`. Raises UserError when that cannot be opened."""
@@ -117,7 +117,7 @@ class Listing:
         line = f"{folder}: this folder cannot be opened ({(error.strerror or 'unknown').lower()}); make it readable"
         if folder == root:
             raise UserError(line) from error
-        self.note_loss(line)
+        self.note("lost", line)
         detail = f"a folder that cannot be opened ({error.strerror})"
         return os.fsencode(folder.removeprefix(root).lstrip("/")), None, Lost(detail, line)
 
@@ -140,6 +140,9 @@ class Listing:
         is_loose: Callable[[str], bool] | None,
     ) -> None:
         """List an archive's entries; those that cannot be unpacked are lost, with one line for all of a cause."""
+        self.num_entries += len(entries)
+        if self.num_entries > MAX_ENTRIES:
+            raise UserError(f"{where}: more than {MAX_ENTRIES:,} files; unpack it into the folder {self.folder}")
         lost = {entry.trouble: self.trouble(where, inside, entry.trouble) for entry in entries}
         keys = [
             Lost(entry.trouble, str(lost[entry.trouble])) if entry.trouble else Packed(archive, entry)
@@ -172,7 +175,7 @@ class Listing:
             else:
                 self.files.append((prefix + text, key))
         if num_loose:
-            self.notes.append(f"{where}: {num_loose:,} of its files lie unpacked beside it, those are read")
+            self.note("loose", f"{where}: {num_loose:,} of its files lie unpacked beside it, those are read")
 
     def add_inner(self, where: str, text: str, key: Packed | Group, prefix: str, depth: int, plain: set[str]) -> None:
         """List the files of an archive that lies among others, or the archive as lost."""
@@ -188,7 +191,7 @@ class Listing:
             else:
                 self.add_volumes(*key, f"{prefix}{stem}/", is_loose)
         except ArchiveError as error:
-            self.note_loss(str(error))
+            self.note("lost", str(error))
             self.files.append((prefix + text, Lost(error.detail, str(error))))
 
     def add_packed(
@@ -208,6 +211,7 @@ class Listing:
                 entries = [dataclasses.replace(entry, start=entry.start + start) for entry in read_table(file)]
         except DamagedError as error:
             raise self.trouble(where, inside, f"not a whole zip archive ({error})") from error
+        self.note("inner", f"{where}: {inside} in it is an archive too, its {len(entries):,} files are read")
         self.add_entries(where, inside, archive, entries, prefix, depth, is_loose)
 
     def unpacked(self, where: str, inside: str, key: Packed) -> tuple[int, int, int]:
@@ -240,9 +244,10 @@ class Listing:
         what = f"unpack it and then {inside}{password}" if inside else f"unpack it{password}"
         return f"{what} into the folder {self.folder}, and move the zip away"
 
-    def note_loss(self, line: str) -> None:
-        self.num_lost += 1
-        if self.num_lost <= MAX_NOTES:
+    def note(self, kind: str, line: str) -> None:
+        """Keep a line for the user, unless there are enough of the kind."""
+        self.counts[kind] += 1
+        if self.counts[kind] <= MAX_NOTES:
             self.notes.append(line)
 
 

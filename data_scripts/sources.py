@@ -87,7 +87,7 @@ def find_source(raw_dir: Path, split: str, names: Iterable[str] = ()) -> Source 
         entry.name for entry in entries if entry.name.casefold().startswith(wanted) and entry.is_file()
     )
     choices: list[Volumes | str] = [*folders, *(one for one in volumes if one.stem.casefold() == wanted)]
-    choices.sort(key=lambda choice: (rank(choice), not name_of(choice).startswith(wanted), name_of(choice)))
+    choices.sort(key=lambda choice: (rank(choice), name_of(choice) != name_of(choice).casefold(), name_of(choice)))
     if len(choices) > 1:
         choices = [choice for choice in choices if not isinstance(choice, str) or any((raw_dir / choice).iterdir())]
     if not choices:

@@ -157,6 +157,9 @@ def damage(folder: Path, volumes: Volumes, what: str) -> ArchiveError:
     if "no table" in what:
         name = numbered(volumes.names[-1], number_of(volumes.names[-1]) + 1)
         return ArchiveError(folder / name, f"this part is missing, or {volumes.names[-1]} is cut", AGAIN)
+    if not start.startswith(b"PK"):
+        name = numbered(volumes.names[0], max(0, number_of(volumes.names[0]) - 1))
+        return ArchiveError(folder / name, f"this part is missing, or {volumes.names[0]} is of another archive", AGAIN)
     return ArchiveError(paths[0], f"not a whole zip archive with the {len(paths) - 1} parts after it ({what})", AGAIN)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 PIECE = 1 << 20  # bytes unpacked at a time, at most
-MAX_ENTRIES = 5_000_000
+MAX_ENTRIES = 2_000_000
 MAX_LZMA = 256 << 20  # bytes of memory for one entry's dictionary
 STORED, DEFLATED, BZIP2, LZMA = 0, 8, 12, 14
 OTHER_METHODS = {9: "Deflate64", 93: "Zstandard", 95: "XZ", 98: "PPMd"}
