@@ -11,9 +11,10 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+TURN = 1 << 32
 PIECE = 1 << 20  # bytes unpacked at a time, at most
 MAX_ENTRIES = 2_000_000
 MAX_LZMA = 256 << 20  # bytes of memory for one entry's dictionary
@@ -98,13 +99,25 @@ def read_table(file: BinaryIO, disks: Sequence[int] = (0,)) -> list[Entry]:
         raise DamagedError(f"is one of {end.disk + 1} parts")
     shift = 0
     start = disks[end.table_disk] + end.table_start
-    if len(disks) == 1:  # something may stand before an archive, a program that unpacks it for one
+    if len(disks) == 1:
         start = end.place - end.table_size
         shift = start - end.table_start
+    # What stands before an archive moves all its places, a program that unpacks it for one. But macOS writes archives
+    # of any size without 64-bit fields: then places are less whole turns of 32 bits.
+    wraps = shift > 0 and shift % TURN == 0
     if start < 0 or shift < 0 or start + end.table_size > end.place:
         raise DamagedError("is shorter than its table of contents says")
     file.seek(start)
-    return list(parse_table(file.read(end.table_size), [disk + shift for disk in disks]))
+    table = file.read(end.table_size)
+    if not wraps:
+        return list(parse_table(table, [disk + shift for disk in disks]))
+    entries = []
+    turns = last = 0
+    for entry in parse_table(table, disks):
+        turns += entry.start < last
+        last = entry.start
+        entries.append(replace(entry, start=entry.start + turns * TURN))
+    return entries
 
 
 def parse_table(table: bytes, disks: Sequence[int]) -> Iterator[Entry]:
@@ -124,7 +137,7 @@ def parse_table(table: bytes, disks: Sequence[int]) -> Iterator[Entry]:
         if disk >= len(disks):
             raise DamagedError("has an entry in a part that there is none of")
         name = name.split(b"\0")[0]
-        if not name.endswith((b"/", b"\\")):
+        if not name.endswith(b"/") and (size or not name.endswith(b"\\")):  # letters of Big5 and GBK end in one too
             yield Entry(name, text_of(name, flags, fields), disks[disk] + start, packed, size, crc, method, flags)
 
 

@@ -45,7 +45,7 @@ CHINESE = ["红色连衣裙.jpg", "图片/許功蓋內商品.jpg", "x/誠品手�
     [
         ("utf-8", CHINESE),
         ("gb18030", [*CHINESE, "𠮷野家菜单.jpg", "€uro€.jpg"]),
-        ("cp950", ["許功蓋內商品.jpg", "手機殼/誠品.jpg", "藍色上衣.webp"]),
+        ("cp950", ["許功蓋內商品.jpg", "手機殼/誠品.jpg", "藍色上衣.webp", "x/成功"]),
         ("big5hkscs", ["嘅咗啲啱.jpg", "許功蓋.jpg"]),
         ("cp932", ["ソニー製品.jpg", "表紙/商品一覧.png", "ｶﾀｶﾅ.jpg"]),
         ("cp437", ["Mädchenkleid.jpg", "été/café.png", "niño.jpg"]),
