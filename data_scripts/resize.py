@@ -130,7 +130,9 @@ def apply_outcome(picture: Picture, outcome: Outcome) -> None:
 
 def read_split(raw_dir: Path, split: str) -> tuple[Records, Source] | None:
     """A split's records and its pictures' source; None when nothing is there, UserError when only half of it is."""
-    info, pair, source = item_file(raw_dir, split), pair_file(raw_dir, split), find_source(raw_dir, split)
+    info, pair = item_file(raw_dir, split), pair_file(raw_dir, split)
+    items = read_items(info, ADVICE) if info.is_file() else {}
+    source = find_source(raw_dir, split, [item.image_name for item in items.values()])
     if not info.is_file() and not pair.is_file() and source is None:
         return None
     for path in (info, pair):
@@ -143,7 +145,6 @@ def read_split(raw_dir: Path, split: str) -> tuple[Records, Source] | None:
             f"no pictures of {split}; put {pictures}.zip, {pictures}.zip.partaa… or the folder {pictures} there, or "
             f"{ADVICE}",
         )
-    items = read_items(info, ADVICE)
     rows = [row for _, row in read_rows(info, ADVICE)]
     return Records(items, rows, read_pairs(pair, items, "optional", info, ADVICE)), source
 
@@ -191,6 +192,8 @@ def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
         raise missing(raw_dir, f"no item_{{train,valid,test}}_info.jsonl, _pair.jsonl and _images.zip here; {ADVICE}")
     records = {split: record for split, (record, _) in present.items()}
     sources = {split: source for split, (_, source) in present.items()}
+    for note in (note for source in sources.values() for note in source.notes):
+        print(note)
     answers = raw_dir / ANSWERS
     answer_pairs = read_pairs(answers, advice=ADVICE) if answers.is_file() else []
     images = data_dir / "images"

@@ -1,116 +1,65 @@
 """Where a split's picture files come from: folders and archives, hostile ones included."""
 
-import bisect
 import io
-import itertools
 import os
-import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
+
+from joined import Joined
+from listing import Listing, Lost
+from volumes import Volumes, find_volumes
+from zips import DamagedError, unpack
 
 from tongkuan.errors import UserError
-from tongkuan.pictures import MAX_BYTES, UnreadableError, reason
+from tongkuan.pictures import MAX_BYTES, UnreadableError
+
+NO_PICTURES = set("csv doc docx htm html ini json jsonl log md nfo pdf tsv txt url xls xlsx xml".split())  # noqa: SIM905
 
 
-class Folder:
-    """Picture files below a folder; a key is the path of one."""
+class Source:
+    """Picture files of a split. `notes` are lines for the user: what was decided, and which archives are lost."""
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self, listing: Listing | None = None, archives: Iterable[tuple[str, ...]] = ()) -> None:
+        self.listing = listing
+        self.archives = listing.archives if listing else list(archives)
+        self.notes = listing.notes if listing else []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Source, (None, self.archives)  # a worker reads by key and lists nothing
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        """Yield (path below the root with `/`, key)."""
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                path = Path(folder, name)
-                if path.is_file():  # a named pipe would block for ever
-                    yield decode_name(os.fsencode(path.relative_to(self.root).as_posix())), str(path)
+        """Yield (path with `/`, key)."""
+        return iter(self.listing.files if self.listing else ())
 
     def read(self, key: Any) -> bytes:
         """A file's bytes, at most MAX_BYTES. Raises UnreadableError."""
+        if isinstance(key, Lost):
+            raise UnreadableError(key.detail)
         try:
-            with open(key, "rb") as file:
-                return checked_size(file.read(MAX_BYTES + 1))
+            if isinstance(key, str):
+                with open(key, "rb") as file:
+                    return checked_size(file.read(MAX_BYTES + 1))
+            # Opened for each picture: no archive stays open, and every process may read any.
+            with Joined(self.archives[key.archive]) as joined, io.BufferedReader(joined) as packed:
+                data = bytearray()
+                for piece in unpack(packed, key.entry):
+                    data += piece
+                    if len(data) > MAX_BYTES:
+                        break
+                return checked_size(bytes(data))
         except OSError as error:
             raise UnreadableError(error.strerror or "cannot be opened") from error
+        except DamagedError as error:
+            raise UnreadableError(f"cannot be unpacked ({error})") from error
 
-
-class Archive:
-    """Picture files of a zip in one or more parts; a key is the number of an entry. Each process opens its own."""
-
-    def __init__(self, parts: tuple[str, ...]) -> None:
-        self.parts = parts
-        try:
-            self.zip = zipfile.ZipFile(io.BufferedReader(Joined(parts)))
-        except Exception as error:  # a damaged table of contents raises all sorts
-            name = parts[0] if len(parts) == 1 else f"{parts[0]} and the {len(parts) - 1} parts after it"
-            raise UserError(f"{name}: not a whole zip archive; run ./entrypoint.sh download again") from error
-        self.infos = self.zip.infolist()
-
-    def __reduce__(self) -> tuple[type["Archive"], tuple[tuple[str, ...]]]:
-        return Archive, (self.parts,)  # an open file cannot travel to a worker, its name can
-
-    def entries(self) -> Iterator[tuple[str, Any]]:
-        """Yield (path in the archive, key). A Mac's resource forks are no pictures and are passed over."""
-        for number, info in enumerate(self.infos):
-            if not info.is_dir() and not info.filename.startswith("__MACOSX/"):
-                is_utf8 = info.flag_bits & 0x800
-                yield info.filename if is_utf8 else decode_name(info.filename.encode("cp437", "replace")), number
-
-    def read(self, key: Any) -> bytes:
-        """An entry's bytes, at most MAX_BYTES. Raises UnreadableError."""
-        info = self.infos[key]
-        if info.flag_bits & 0x1:
-            raise UnreadableError("encrypted")
-        try:
-            with self.zip.open(info) as file:
-                return checked_size(file.read(MAX_BYTES + 1))
-        except UnreadableError:
-            raise
-        except Exception as error:  # zlib, lzma, bad checksums, unknown methods: all of them this entry's fault
-            raise UnreadableError(f"cannot be unpacked ({reason(error)})") from error
-
-
-Source: TypeAlias = Folder | Archive
-
-
-class Joined(io.RawIOBase):
-    """Files read as if they were one, seekable, without writing the joined file."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        self.files = [open(path, "rb") for path in paths]  # noqa: SIM115 - they live as long as this object
-        sizes = [file.seek(0, io.SEEK_END) for file in self.files]
-        self.starts = [0, *itertools.accumulate(sizes)]
-        self.position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.starts[-1]}[whence]
-        if base + offset < 0:
-            raise ValueError("seek before the start")
-        self.position = base + offset
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill what the part under the position can give; 0 at the end."""
-        if self.position >= self.starts[-1]:
-            return 0
-        part = bisect.bisect_right(self.starts, self.position) - 1
-        self.files[part].seek(self.position - self.starts[part])
-        count = self.files[part].readinto(buffer)
-        self.position += count
-        return count
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-        super().close()
+    def check(self) -> None:
+        """Raise UserError when all that may be pictures is lost for a cause that the user can mend."""
+        lines = Counter(key.line for _, key in self.entries() if isinstance(key, Lost))
+        readable = (path for path, key in self.entries() if not isinstance(key, Lost))
+        if lines and "" not in lines and all(path.rpartition(".")[2].casefold() in NO_PICTURES for path in readable):
+            raise UserError(lines.most_common(1)[0][0])
 
 
 def checked_size(data: bytes) -> bytes:
@@ -120,27 +69,58 @@ def checked_size(data: bytes) -> bytes:
     return data
 
 
-def decode_name(raw: bytes) -> str:
-    """A file name's text: UTF-8, else GBK as Chinese Windows writes it, else with marks for what is neither."""
-    for encoding in ("utf-8", "gbk"):
-        try:
-            return raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return raw.decode("utf-8", "replace")
+def find_source(raw_dir: Path, split: str, names: Iterable[str] = ()) -> Source | None:
+    """A split's pictures: its zip, else the zip's parts, else its folder, else another archive, else None.
+
+    `names` are the pictures that the split's items name: they tell which encoding an archive's names are in. What lies
+    beside the one that is read is named in its notes. Raises UserError for an archive that is encrypted or not whole.
+    """
+    wanted = f"item_{split}_images"
+    try:
+        with os.scandir(raw_dir) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    folders = [entry.name for entry in entries if entry.name.casefold() == wanted and entry.is_dir()]
+    volumes = find_volumes(
+        entry.name for entry in entries if entry.name.casefold().startswith(wanted) and entry.is_file()
+    )
+    choices: list[Volumes | str] = [*folders, *(one for one in volumes if one.stem.casefold() == wanted)]
+    choices.sort(key=lambda choice: (rank(choice), name_of(choice) != name_of(choice).casefold(), name_of(choice)))
+    if len(choices) > 1:
+        choices = [choice for choice in choices if not isinstance(choice, str) or any((raw_dir / choice).iterdir())]
+    if not choices:
+        return None
+    choice, *others = choices
+    try:
+        listing = Listing(raw_dir / (choice if isinstance(choice, str) else wanted), names)
+        if isinstance(choice, str):
+            listing.add_folder(str(raw_dir / choice))
+        else:
+            listing.add_volumes(raw_dir, choice)
+        source = Source(listing)
+        source.check()
+    except UserError as error:
+        beside = next((other for other in others if isinstance(other, str)), None)
+        if beside and not isinstance(choice, str):
+            raise UserError(f"{error}; or move it away, then the folder {raw_dir / beside} is read") from error
+        raise
+    if others:
+        passed = ", ".join(map(name_of, others))
+        source.notes.insert(
+            0, f"{raw_dir / name_of(choice)}: read, and not {passed} beside it; move away what is not meant"
+        )
+    return source
 
 
-def find_source(raw_dir: Path, split: str) -> Source | None:
-    """A split's pictures: the zip, else its parts, else the folder, else None. Raises UserError for a missing part."""
-    archive = raw_dir / f"item_{split}_images.zip"
-    if archive.is_file():
-        return Archive((str(archive),))
-    parts = sorted(raw_dir.glob(f"{archive.name}.part[a-z][a-z]"))
-    if parts:
-        letters = ("".join(pair) for pair in itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=2))
-        for part, suffix in zip(parts, letters, strict=False):
-            if not part.name.endswith(suffix):
-                raise UserError(f"{archive}.part{suffix}: this part is missing; run ./entrypoint.sh download again")
-        return Archive(tuple(str(part) for part in parts))
-    folder = raw_dir / f"item_{split}_images"
-    return Folder(str(folder)) if folder.is_dir() else None
+def rank(choice: Volumes | str) -> int:
+    """Which of several sources is read. What was read before other kinds were goes before them."""
+    if isinstance(choice, str):
+        return 2
+    if choice.kind in ("zip", "disks"):
+        return 0
+    return 4 if choice.kind == "other" else 3 if choice.names[0][-1].isdigit() else 1
+
+
+def name_of(choice: Volumes | str) -> str:
+    return choice if isinstance(choice, str) else choice.names[-1] or choice.names[0]

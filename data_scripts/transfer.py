@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import httpx2
 import orjson
-from sources import Joined
+from joined import Joined
 from tqdm import tqdm
 
 from tongkuan.errors import UserError

@@ -209,10 +209,10 @@ def test_any_damage_to_a_zip_is_this_entrys_or_one_line(
         archive.writestr("b.jpg", b"b" * 40, zipfile.ZIP_DEFLATED)
     content = bytearray(buffer.getvalue())
     content[place % len(content)] ^= change
-    path = tmp_path_factory.getbasetemp() / "wild.zip"
+    path = tmp_path_factory.getbasetemp() / "item_train_images.zip"
     path.write_bytes(content[: place % len(content)] if cut else content)
     try:
-        archive = sources.Archive((str(path),))
+        archive = sources.find_source(path.parent, "train")
     except UserError as error:
         assert is_one_line(error)
         return
@@ -221,7 +221,6 @@ def test_any_damage_to_a_zip_is_this_entrys_or_one_line(
             assert len(archive.read(key)) <= 40
         except pictures.UnreadableError as error:
             assert str(error)
-    archive.zip.close()
 
 
 ODD = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "P"), ("PNG", "LA"), ("GIF", "P"), ("TIFF", "F")]
