@@ -132,7 +132,7 @@ def decode_name(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def find_source(raw_dir: Path, split: str) -> Source | None:
+def find_source(raw_dir: Path, split: str, names: Iterable[str] = ()) -> Source | None:
     """A split's pictures: the zip, else its parts, else the folder, else None. Raises UserError for a missing part."""
     archive = raw_dir / f"item_{split}_images.zip"
     if archive.is_file():
