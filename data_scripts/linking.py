@@ -136,8 +136,10 @@ def lose_match(links: Links, split: str, item: Item, match: Match) -> None:
     if match.rivals:
         rivals = clip(told_rivals(match, split), 2 * LONGEST_NAME)[1:-1]
         advice = "write the whole path from the pictures' folder, suffix included, into item_image_name"
-        if any(picture.split != split for picture in match.rivals):
-            advice = f"add the right file to the pictures of {split}"
+        if match.is_by_tail or any(picture.split != split for picture in match.rivals):
+            advice = f"add the file to the pictures of {split}, or mend its item_image_name"
+        elif len({picture.path for picture in match.rivals}) == 1:
+            advice = f"its path is twice in the archive: unpack that into item_{split}_images and move it away"
         links.lose("ambiguous", split, item, f" (may be {rivals})", advice)
     else:
         advice = f"add it to the pictures of {split}, or mend its item_image_name"
@@ -173,5 +175,5 @@ def told_losses(links: Links) -> list[str]:
 def told_names(pictures: list[Picture]) -> str:
     """What the pictures that are there are called."""
     if not pictures:
-        return "; no picture is there at all"
-    return f"; {len(pictures):,} pictures are there, such as {clip(pictures[0].path, LONGEST_NAME)}"
+        return "; there is none at all"
+    return f"; of the {len(pictures):,} there the first is {clip(pictures[0].path, LONGEST_NAME)}"

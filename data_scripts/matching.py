@@ -92,12 +92,14 @@ class Index:
 
     def steps(self, name: str) -> Iterator[Match]:
         """What each step gives, strictest first; steps that give nothing are passed over."""
+        by_form = {}
         for form in FORMS:
-            if found := self.fitting(form, form(name)):
+            by_form[form] = form(name)
+            if found := self.fitting(form, by_form[form]):
                 yield as_match(found)
         start = self.tail_start(name)
-        for form in FORMS if start else ():
-            keys = tuple("/".join(key.split("/")[start:]) for key in form(name))
+        for form, whole in by_form.items() if start else ():
+            keys = tuple("/".join(key.split("/")[start:]) for key in whole)
             if found := self.fitting(form, keys):
                 match = as_match(found)
                 match.is_by_tail = True
@@ -125,17 +127,23 @@ class Matches:
 
     def __init__(self, items: Mapping[str, Iterable[Item]], pictures: list[Picture], digests: Digests) -> None:
         """Reads only pictures that compete for a name."""
-        self.own = {split: Index([p for p in pictures if p.split == split], digests) for split in items}
         self.everywhere = Index(pictures, digests)
+        by_split = {split: [picture for picture in pictures if picture.split == split] for split in items}
+        self.own = {
+            split: self.everywhere if len(of_split) == len(pictures) else Index(of_split, digests)
+            for split, of_split in by_split.items()
+        }
         self.of: dict[tuple[str, str], Match] = {}
         for split, of_split in items.items():
             for name in dict.fromkeys(item.image_name for item in of_split if item.image_name):
-                self.of[split, name] = next(self.own[split].steps(name), None) or self.elsewhere(name)
+                self.of[split, name] = next(self.own[split].steps(name), None) or self.elsewhere(split, name)
         self.take_back_guesses()
         self.claims = Claims((name, match) for (_, name), match in self.of.items())
 
-    def elsewhere(self, name: str) -> Match:
+    def elsewhere(self, split: str, name: str) -> Match:
         """The picture of another split, if its name occurs once in all splits; an empty match when there is none."""
+        if self.own[split] is self.everywhere:
+            return Match()
         match = next(self.everywhere.steps(name), Match())
         if match.picture:
             match.is_of_other_split = True

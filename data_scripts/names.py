@@ -4,6 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 MAX_NAME = 200  # bytes of UTF-8; file systems stop at 255
@@ -23,6 +24,7 @@ RENDITION = re.compile(
 SELLER = re.compile(rf"_?!!\d[^./]*(?=\.(?:{KINDS})$)")  # Taobao's, after the picture's own id: O1CN01x_!!123.jpg
 STYLE = re.compile(rf"\._[a-z0-9,_]*_(?=\.(?:{KINDS})$)")  # Amazon's: 71x._ac_sx300_.jpg
 ROOT = re.compile(r"(?:[a-z]|https?|ftp|file):", re.IGNORECASE)  # C: and the scheme of an address
+MARKED = re.compile(r"[%?!@~]|\.[^/]*_")  # no name without one of these has anything to take off
 ESCAPE = re.compile(r"%[0-9a-fA-F]{2}")
 
 
@@ -52,6 +54,8 @@ def safe_name(name: str, tail: str = "") -> str:
 
 def fold(name: str) -> str:
     """The same for names that a file system blind to case, or to how accents are written, takes for one."""
+    if name.isascii():
+        return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -69,9 +73,10 @@ def folded(path: str) -> tuple[str, ...]:
     return (fold(*written(path)),)
 
 
+@lru_cache(1024)  # asked for again at once, by `stems` for one
 def original(path: str) -> tuple[str, ...]:
     """`folded`, less what addresses and shops add: escapes, a query, a size, a style."""
-    if len(path) > MAX_CHARACTERS:
+    if len(path) > MAX_CHARACTERS or not MARKED.search(path):
         return folded(path)
     for _ in range(2):  # a saved address may hold its query escaped
         path = unescaped(QUERY.sub(r"\1", path))

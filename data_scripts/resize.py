@@ -204,6 +204,9 @@ def check_folders(raw_dir: Path, data_dir: Path) -> None:
         for split in SPLITS:
             for place in (item_file, pair_file):
                 check_apart(place(folder, split), place(raw_dir, split))
+    for folder in (data_dir, data_dir / HANDED_OUT, data_dir / "images"):
+        if folder.is_dir():
+            check_writable(folder)
     if (data_dir / LEDGER).exists() or (data_dir / UNDER_WAY).exists():
         return
     folders = (data_dir, data_dir / HANDED_OUT)
