@@ -27,7 +27,7 @@ from transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, 
 
 from tongkuan.command import RAW, Parser
 from tongkuan.errors import NO_ROOM, FaultError, UserError, entrypoint, unwritable
-from tongkuan.files import READ_BLOCK, check_writable, sha256_of, sync_folder
+from tongkuan.files import READ_BLOCK, check_apart, check_writable, sha256_of, sync_folder
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
 NAME = re.compile(r"item_(train|valid|test)_(info\.jsonl|pair\.jsonl|images\.zip(\.part[a-z]{2})?)")
@@ -127,9 +127,18 @@ class Record:
             self.files = dict(orjson.loads(self.path.read_bytes()))
 
     def publish(self, temporary: Path, name: str, sha256: str, **more: Any) -> None:
-        """Rename a whole file to its final name. Noted first: killed in between, the next call finds `temporary`."""
-        self.note(temporary, name, sha256, **more)
-        rename(temporary, self.raw_dir / name)
+        """Rename a whole file to its final name. Noted first: killed in between, the next call finds `temporary`.
+
+        Raises UserError when a file stands there that is neither of this record nor the beginning of the new one.
+        """
+        target = self.raw_dir / name
+        replaced = {}
+        if target.exists():
+            if not self.is_ours(name) and not begins_with(temporary, target):
+                raise UserError(f"{target}: not brought by download, or changed since; move it away and {AGAIN}")
+            replaced = {"replaces": stamp(target)}
+        self.note(temporary, name, sha256, **more, **replaced)
+        rename(temporary, target)
 
     def note(self, path: Path, name: str, sha256: str, **more: Any) -> None:
         """Remember that `path` is whole."""
@@ -138,6 +147,12 @@ class Record:
         temporary = Path(f"{self.path}.part")
         temporary.write_bytes(orjson.dumps(self.files, option=orjson.OPT_INDENT_2))
         rename(temporary, self.path)
+
+    def is_ours(self, name: str) -> bool:
+        """Whether the file there is one that was brought: the noted one, or the one that it was to replace."""
+        entry = self.files.get(name, {})
+        known = ([entry.get("size"), entry.get("time_ns")], entry.get("replaces"))
+        return stamp(self.raw_dir / name) in known
 
     def is_there(self, name: str) -> bool:
         """Whether the file itself is there, unchanged since it was whole."""
@@ -175,6 +190,20 @@ class Record:
             and wanted.sha256 in ("", entry["sha256"])
             and wanted.changed in (0, entry.get("changed"))
         )
+
+
+def stamp(path: Path) -> list[int]:
+    """Size and time of a file, by which it is known again."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def begins_with(path: Path, start: Path) -> bool:
+    """Whether a file's first bytes are all that another holds, as after a copy that was cut short."""
+    if start.stat().st_size > path.stat().st_size or not start.is_file():
+        return False
+    with path.open("rb") as whole, start.open("rb") as part:
+        return all(whole.read(len(block)) == block for block in iter(lambda: part.read(READ_BLOCK), b""))
 
 
 def rename(source: Path, target: Path) -> None:
@@ -255,7 +284,7 @@ def download(raw_dir: Path, wanted: Sequence[Wanted], patience: Patience) -> str
         record = Record(raw_dir)
         for entry in wanted:
             if not record.has(entry):  # then an archive joined from another version of it does not count either
-                record.files.pop(archive_of(entry.name), None)
+                record.files.get(archive_of(entry.name), {}).pop("parts", None)
         missing = [entry for entry in wanted if not record.has(entry)]
         for entry in wanted:
             if entry in missing:
@@ -289,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.folder and arguments.folder.resolve() == arguments.raw.resolve():
         advice = entrypoint("resize", "--raw", arguments.raw)
         raise UserError(f"{arguments.raw}: both --from and --raw; run {advice}")
+    if arguments.folder:
+        check_apart(arguments.raw, arguments.folder)
     have = Record(arguments.raw).whole()
     wanted = find_files(arguments.folder, have) if arguments.folder else read_list(arguments.urls, have)
     print(download(arguments.raw, wanted, Patience()))

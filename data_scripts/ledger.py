@@ -1,4 +1,4 @@
-"""Every picture of a set: its output name, its fate, and the items that it belongs to."""
+"""Every picture of a set: its output name, its fate, and its row in the ledger."""
 
 import hashlib
 import itertools
@@ -8,15 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
-from names import fold, path_tails, safe_name
+from names import fold, path_steps, safe_name
 from sources import Source
 from tqdm import tqdm
 
 from tongkuan.files import publish
 from tongkuan.pictures import UnreadableError
-from tongkuan.records import Item, Pair
 
-STATUSES = ("ok", "repaired", "unreadable", "missing", "duplicate")
+STATUSES = ("ok", "repaired", "unreadable", "missing", "duplicate", "ambiguous")
 SPLITS = ("train", "valid", "test")
 
 
@@ -32,6 +31,7 @@ class Picture:
     detail: str = ""
     width: int = 0
     height: int = 0
+    cause: str = ""  # why it is unreadable
     twin: "Picture | None" = None  # an earlier one of the same bytes and name
     is_named: bool = False  # by an item
 
@@ -43,115 +43,71 @@ class Picture:
         fields = ("image", "detail", "width", "height")
         return {"split": self.split, "name": self.name, "status": self.status} | {f: getattr(self, f) for f in fields}
 
+    def add_detail(self, text: str) -> None:
+        self.detail = "; ".join(part for part in (self.detail, text) if part)
+
+
+class Digests:
+    """SHA-256 of pictures' bytes, each read once at most."""
+
+    def __init__(self, sources: dict[str, Source]) -> None:
+        self.sources = sources
+        self._known: dict[Picture, str] = {}
+
+    def of(self, picture: Picture) -> str:
+        """Hex; for a picture whose bytes cannot be had, a text like no other."""
+        if picture not in self._known:
+            try:
+                data = self.sources[picture.split].read(picture.key)
+                self._known[picture] = hashlib.sha256(data).hexdigest()
+            except UnreadableError:
+                self._known[picture] = f"{picture.split}/{picture.path}"
+        return self._known[picture]
+
 
 def list_pictures(sources: dict[str, Source]) -> list[Picture]:
     """Every picture file, by split, name and path."""
     pictures = [
-        Picture(split, next(iter(path_tails(path)), "_"), key)
+        Picture(split, "/".join(path_steps(path)) or "_", key)
         for split, source in sources.items()
         for path, key in source.entries()
     ]
     return sorted(pictures, key=lambda picture: (SPLITS.index(picture.split), picture.name, picture.path))
 
 
-def assign_names(pictures: list[Picture], sources: dict[str, Source]) -> None:
+def assign_names(pictures: list[Picture], digests: Digests) -> None:
     """Give each picture an output name of its own, or the earlier picture of the same name and bytes as its twin.
 
     Only pictures whose names meet are read here; the order of `pictures` decides who keeps the plain name.
     """
-    wanted: dict[str, list[Picture]] = {}
+    firsts: dict[str, Picture] = {}  # of a name; unread until a second comes
+    seen: dict[tuple[str, str], Picture] = {}  # by name and bytes
     taken: dict[str, Picture] = {}
-    digests: dict[Picture, str] = {}
-
-    def digest(picture: Picture) -> str:
-        if picture not in digests:
-            try:
-                data = sources[picture.split].read(picture.key)
-                digests[picture] = hashlib.sha256(data).hexdigest()
-            except UnreadableError:
-                digests[picture] = f"{picture.split}/{picture.path}"  # like no other
-        return digests[picture]
-
+    numbers: dict[str, int] = {}  # where to go on counting, so that a name of 100,000 pictures costs no 100,000 squared
     for picture in tqdm(pictures, desc="names", unit=" pictures", disable=None):
         picture.image = safe_name(picture.name)
-        rivals = wanted.setdefault(fold(picture.image), [])
-        twin = next((rival for rival in rivals if digest(rival) == digest(picture)), None)
-        if twin:
-            picture.twin = twin
-            picture.status, picture.detail = "duplicate", f"the same bytes as {twin.split}/{twin.path}"
-            continue
-        rivals.append(picture)
-        if holder := taken.get(fold(picture.image)):
+        wanted = fold(picture.image)
+        first = firsts.setdefault(wanted, picture)
+        if first is not picture:
+            seen.setdefault((wanted, digests.of(first)), first)
+            twin = seen.setdefault((wanted, digests.of(picture)), picture)
+            if twin is not picture:
+                picture.twin = twin
+                picture.status, picture.detail = "duplicate", f"the same bytes as {twin.split}/{twin.path}"
+                continue
+        if holder := taken.get(wanted):
             picture.status, picture.detail = "duplicate", f"other bytes than {holder.split}/{holder.path}"
-            tails = (f"~{number}" for number in itertools.count(2))
-            picture.image = next(name for t in tails if fold(name := safe_name(picture.name, t)) not in taken)
+            # The same for pictures whose numbered names are the same: all numbers below are taken for good.
+            counted = fold(safe_name(picture.name, "~0000000"))
+            for number in itertools.count(numbers.get(counted, 2)):
+                picture.image = safe_name(picture.name, f"~{number}")
+                if fold(picture.image) not in taken:
+                    numbers[counted] = number + 1
+                    break
         taken[fold(picture.image)] = picture
 
 
-class Index:
-    """Pictures of a split by every tail of their path (`a/b.jpg`, `b.jpg`), with and without the suffix."""
-
-    def __init__(self, pictures: Iterable[Picture]) -> None:
-        self.names: dict[str, Picture] = {}
-        self.stems: dict[str, Picture] = {}
-        for picture in pictures:
-            for tail in path_tails(picture.path):
-                self.names.setdefault(tail, picture)
-                self.stems.setdefault(str(PurePosixPath(tail).with_suffix("")), picture)
-
-    def by_name(self, name: str) -> Picture | None:
-        """The picture of that name; the longest part of a path that fits decides."""
-        return next((self.names[tail] for tail in path_tails(name) if tail in self.names), None)
-
-    def by_stem(self, name: str) -> Picture | None:
-        """As `by_name`, with the suffix left out on both sides."""
-        stems = (str(PurePosixPath(tail).with_suffix("")) for tail in path_tails(name))
-        return next((self.stems[stem] for stem in stems if stem in self.stems), None)
-
-
-def resolve(name: str, split: str, indexes: dict[str, Index]) -> Picture | None:
-    """Which picture an item's name means: name, then stem in its own split, then name, then stem in the others."""
-    others = [index for other, index in indexes.items() if other != split]
-    for group in ([indexes[split]], others):
-        for look_up in (Index.by_name, Index.by_stem):
-            for index in group:
-                if picture := look_up(index, name):
-                    return picture
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class Records:
-    """A split's lines as handed out: items by id, their raw rows, pairs with or without labels."""
-
-    items: dict[str, Item]
-    rows: list[dict[str, Any]]
-    pairs: list[Pair]
-
-
-def link_pictures(records: dict[str, Records], pictures: list[Picture]) -> dict[str, dict[str, str]]:
-    """Output name or "" by split and item id. Marks the pictures that items name, adds a row for each missing one."""
-    found = {split: Index(p for p in pictures if p.split == split and p.image) for split in SPLITS}
-    unreadable = {split: Index(p for p in pictures if p.split == split and not p.image) for split in SPLITS}
-    missing: dict[tuple[str, str], Picture] = {}
-    images: dict[str, dict[str, str]] = {}
-    for split, record in records.items():
-        images[split] = {}
-        for item in record.items.values():
-            name = item.image_name
-            # A readable picture elsewhere goes before an unreadable one of the split's own.
-            picture = (resolve(name, split, found) or resolve(name, split, unreadable)) if name else None
-            if name and picture is None:
-                detail = f"no such file; named by item {item.item_id}"
-                picture = missing.setdefault((split, name), Picture(split, name, None, "", "missing", detail))
-            if picture:
-                picture.is_named = True
-            images[split][item.item_id] = picture.image if picture else ""
-    pictures.extend(missing.values())
-    return images
-
-
-def write_ledger(path: Path, pictures: list[Picture]) -> None:
+def write_ledger(path: Path, pictures: Iterable[Picture]) -> None:
     """Publish one row a picture, by split and name. Last of all: a data folder with a ledger is whole."""
     with publish(path) as file:
         for picture in sorted(pictures, key=lambda picture: (picture.split, picture.name, picture.path)):

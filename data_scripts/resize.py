@@ -3,6 +3,7 @@
 ./entrypoint.sh resize --raw data/raw --data data
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,13 +16,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ledger import SPLITS, STATUSES, Picture, Records, assign_names, link_pictures, list_pictures, write_ledger
+from ledger import SPLITS, STATUSES, Digests, Picture, assign_names, list_pictures, write_ledger
+from linking import Links, Records, link_pictures, told_losses, told_names
+from matching import Matches
 from sources import Source, find_source
 from tqdm import tqdm
 
 from tongkuan.command import DATA, RAW, Parser, Whole
 from tongkuan.errors import UserError, entrypoint, missing
-from tongkuan.files import check_writable, publish
+from tongkuan.files import check_apart, check_writable, publish
 from tongkuan.pictures import UnreadableError, silence_pillow, squash
 from tongkuan.processor import available_cores, keep_freed_memory
 from tongkuan.records import info_row, item_file, pair_file, pair_row, parse_item, read_items, read_pairs
@@ -29,6 +32,8 @@ from tongkuan.rows import read_rows
 
 HANDED_OUT = "handed_out"  # the folder in DATA that split draws from
 ANSWERS = "item_test_answers.jsonl"
+LEDGER = "ledger.jsonl"
+UNDER_WAY = ".resize"  # in DATA until the ledger is there: what a killed run left is ours to write over
 ADVICE = "run ./entrypoint.sh download for the organiser's files, or ./entrypoint.sh demo for made-up ones"
 MIN_TASKS = 32  # pictures a worker: starting one takes as long as these
 
@@ -112,13 +117,14 @@ def convert_all(pictures: list[Picture], sources: dict[str, Source], images: Pat
             picture.image, picture.width, picture.height = twin.image, twin.width, twin.height
             if not twin.image:
                 picture.status, picture.detail = "unreadable", f"{picture.detail}: {twin.detail}"
+                picture.cause = twin.cause
 
 
 def apply_outcome(picture: Picture, outcome: Outcome) -> None:
     """Write an outcome into the picture's ledger fields. `unreadable` and `repaired` win over `duplicate`."""
     status, detail, picture.width, picture.height = outcome
     if status == "unreadable":
-        picture.image = ""
+        picture.image, picture.cause = "", detail
     if status != "ok":
         picture.status = status
     picture.detail = "; ".join(part for part in (detail, picture.detail) if part)
@@ -128,22 +134,26 @@ def apply_outcome(picture: Picture, outcome: Outcome) -> None:
 # Items, pairs and the ledger
 
 
-def read_split(raw_dir: Path, split: str) -> tuple[Records, Source] | None:
-    """A split's records and its pictures' source; None when nothing is there, UserError when only half of it is."""
+def read_split(raw_dir: Path, split: str) -> tuple[Records, Source | None] | None:
+    """A split's records and its pictures' source, which may be None when no item names a picture.
+
+    None when nothing is there, UserError when only half of it is.
+    """
     info, pair = item_file(raw_dir, split), pair_file(raw_dir, split)
     items = read_items(info, ADVICE) if info.is_file() else {}
-    source = find_source(raw_dir, split, [item.image_name for item in items.values()])
+    names = list(dict.fromkeys(item.image_name for item in items.values() if item.image_name))
+    source = find_source(raw_dir, split, names)
     if not info.is_file() and not pair.is_file() and source is None:
         return None
     for path in (info, pair):
         if not path.is_file():
             raise missing(path, f"missing, while other files of {split} are there; {ADVICE}")
-    if source is None:
+    if source is None and names:
         pictures = f"item_{split}_images"
         raise missing(
             raw_dir,
-            f"no pictures of {split}; put {pictures}.zip, {pictures}.zip.partaa… or the folder {pictures} there, or "
-            f"{ADVICE}",
+            f"no pictures of {split}, though its items name some; put {pictures}.zip, {pictures}.zip.partaa… or the "
+            f"folder {pictures} there, or {ADVICE}",
         )
     rows = [row for _, row in read_rows(info, ADVICE)]
     return Records(items, rows, read_pairs(pair, items, "optional", info, ADVICE)), source
@@ -176,13 +186,60 @@ def clear_earlier(data_dir: Path, splits: Iterable[str], has_answers: bool) -> N
     for path in earlier:
         if path.exists():
             raise UserError(f"{path}: from an earlier run, but the raw folder has none; name another --data folder")
+    (data_dir / UNDER_WAY).touch()
     drawn = data_dir / "split.json"
     if drawn.exists():
         for split in ("train", "valid"):
             item_file(data_dir, split).unlink(missing_ok=True)
             pair_file(data_dir, split).unlink(missing_ok=True)
         drawn.unlink()
-    (data_dir / "ledger.jsonl").unlink(missing_ok=True)
+    (data_dir / LEDGER).unlink(missing_ok=True)
+
+
+def check_folders(raw_dir: Path, data_dir: Path) -> None:
+    """Raise UserError if this would write over what it reads, or over item files and pictures that it did not make."""
+    inputs = [raw_dir, *(raw_dir / f"item_{split}_images" for split in SPLITS)]
+    for folder in (data_dir, data_dir / HANDED_OUT, data_dir / "images"):
+        check_apart(folder, *inputs)
+        for split in SPLITS:
+            for place in (item_file, pair_file):
+                check_apart(place(folder, split), place(raw_dir, split))
+    for folder in (data_dir, data_dir / HANDED_OUT, data_dir / "images"):
+        if folder.is_dir():
+            check_writable(folder)
+    if (data_dir / LEDGER).exists() or (data_dir / UNDER_WAY).exists():
+        return
+    folders = (data_dir, data_dir / HANDED_OUT)
+    files = [place(folder, split) for folder in folders for split in SPLITS for place in (item_file, pair_file)]
+    files += [data_dir / ANSWERS, *itertools.islice((data_dir / "images").glob("[!.]*"), 1)]
+    if theirs := next((path for path in files if path.exists()), None):
+        raise UserError(f"{theirs}: not made by resize, which would write over it; name another folder with --data")
+
+
+def check_readable(
+    raw_dir: Path, records: dict[str, Records], sources: dict[str, Source], matches: Matches, size: int
+) -> None:
+    """Raise UserError with the commonest cause when items name pictures and none of them can be had.
+
+    Reads up to the first readable picture, and all where there is none.
+    """
+    silence_pillow()
+    for picture in itertools.chain(matches.claims.names, matches.everywhere.pictures):
+        try:
+            squash(sources[picture.split].read(picture.key), size)
+        except UnreadableError as error:
+            picture.cause = str(error)
+            continue
+        if picture in matches.claims.names:
+            return
+        picture.image = picture.name
+    links = link_pictures(records, matches)
+    if links.num_named and not links.has_pictures():
+        cause = links.commonest()[0]
+        told = f"none of the {links.num_named:,} items that name a picture gets one: {cause.count:,} {cause}"
+        raise UserError(f"{raw_dir}: {told}{told_names(matches.everywhere.pictures) if cause.is_missing else ''}")
+    for picture in matches.everywhere.pictures:
+        picture.image = picture.cause = ""
 
 
 def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
@@ -191,39 +248,46 @@ def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
     if not present:
         raise missing(raw_dir, f"no item_{{train,valid,test}}_info.jsonl, _pair.jsonl and _images.zip here; {ADVICE}")
     records = {split: record for split, (record, _) in present.items()}
-    sources = {split: source for split, (_, source) in present.items()}
+    sources = {split: source for split, (_, source) in present.items() if source}
     for note in (note for source in sources.values() for note in source.notes):
         print(note)
     answers = raw_dir / ANSWERS
     answer_pairs = read_pairs(answers, advice=ADVICE) if answers.is_file() else []
+    check_folders(raw_dir, data_dir)
+    pictures, digests = list_pictures(sources), Digests(sources)
+    matches = Matches({split: record.items.values() for split, record in records.items()}, pictures, digests)
+    check_readable(raw_dir, records, sources, matches, size)
     images = data_dir / "images"
     for folder in (data_dir, images, *([data_dir / HANDED_OUT] if present.keys() - {"test"} else [])):
         check_writable(folder)
     clear_earlier(data_dir, present, bool(answer_pairs))
-    pictures = list_pictures(sources)
-    assign_names(pictures, sources)
+    assign_names(pictures, digests)
     convert_all(pictures, sources, images, size, workers)
-    linked = link_pictures(records, pictures)
-    write_records(data_dir, records, linked)
+    links = link_pictures(records, matches)
+    links.mark()
+    write_records(data_dir, records, links.images)
     if answer_pairs:
         with publish(data_dir / ANSWERS) as file:
             file.writelines(map(pair_row, answer_pairs))
-    write_ledger(data_dir / "ledger.jsonl", pictures)
-    return summary(data_dir, pictures, linked)
+    write_ledger(data_dir / LEDGER, [*pictures, *links.absent])
+    (data_dir / UNDER_WAY).unlink()
+    return summary(data_dir, pictures, links)
 
 
-def summary(data_dir: Path, pictures: list[Picture], linked: dict[str, dict[str, str]]) -> str:
+def summary(data_dir: Path, pictures: list[Picture], links: Links) -> str:
     """What was made, what is wrong with it, and what to type next."""
-    counts = Counter(picture.status for picture in pictures)
+    counts = Counter(picture.status for picture in [*pictures, *links.absent])
     statuses = ", ".join(f"{status} {counts[status]:,}" for status in STATUSES)
     unnamed = sum(not picture.is_named for picture in pictures)
-    bare = sum(not image for by_id in linked.values() for image in by_id.values())
-    items = ", ".join(f"{split} {len(by_id):,}" for split, by_id in linked.items())
-    verb = "split" if {"train", "valid"} & set(linked) else "predict"
-    return (
-        f"pictures: {statuses} (each with its reason in {data_dir / 'ledger.jsonl'}); {unnamed:,} that no item names\n"
-        f"items: {items}; {bare:,} without a picture\n"
-        f"next: {entrypoint(verb, '--data', data_dir)}"
+    items = ", ".join(f"{split} {len(by_id):,}" for split, by_id in links.images.items())
+    verb = "split" if {"train", "valid"} & set(links.images) else "predict"
+    return "\n".join(
+        [
+            f"pictures: {statuses} (each with its reason in {data_dir / LEDGER}); {unnamed:,} that no item names",
+            f"items: {items}; {links.num_bare():,} without a picture",
+            *told_losses(links),
+            f"next: {entrypoint(verb, '--data', data_dir)}",
+        ]
     )
 
 

@@ -4,6 +4,7 @@
 the other half siblings that only the text tells apart, so neither text nor picture alone will do.
 """
 
+import hashlib
 import io
 import itertools
 import math
@@ -17,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+from made import Made, hash_of_files
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
 from tqdm import tqdm
 
 from tongkuan.command import RAW, Parser, Whole
-from tongkuan.errors import UserError, entrypoint
+from tongkuan.errors import entrypoint
 from tongkuan.files import check_writable, publish
 from tongkuan.options import NUM_PRODUCTS
 from tongkuan.records import Pair, item_file, pair_file, pair_row
@@ -287,16 +289,18 @@ def encode_picture(rng: Rng, listing: Listing) -> bytes:
 
 def write_catalogue(raw_dir: Path, catalogue: Catalogue, seed: int) -> int:
     """Publish every file of the catalogue into `raw_dir`; returns the number of pictures."""
-    refuse_foreign_data(raw_dir)
-    answers = b"".join(pair_row(pair) for pair in catalogue.pairs["test"])
-    publish_bytes(raw_dir / ANSWERS, answers)  # first: from now on the folder is known as ours
+    check_writable(raw_dir)
+    made = Made(raw_dir, "sample")
+    made.check("item_*")
+    publish_bytes(made, ANSWERS, b"".join(pair_row(pair) for pair in catalogue.pairs["test"]))
     total = sum(len(rows) for rows in catalogue.listings.values())
     num_pictures = 0
     with tqdm(total=total, desc="drawing", unit="item", disable=None) as progress:
         for number, (split, rows) in enumerate(catalogue.listings.items()):
-            publish_bytes(item_file(raw_dir, split), b"".join(orjson.dumps(row.row) + b"\n" for row in rows))
+            items = b"".join(orjson.dumps(row.row) + b"\n" for row in rows)
+            publish_bytes(made, item_file(raw_dir, split).name, items)
             pairs = [replace(pair, label=None) if split == "test" else pair for pair in catalogue.pairs[split]]
-            publish_bytes(pair_file(raw_dir, split), b"".join(pair_row(pair) for pair in pairs))
+            publish_bytes(made, pair_file(raw_dir, split).name, b"".join(pair_row(pair) for pair in pairs))
             pictures: dict[str, bytes] = {}
             # By product, so that the cache holds what is drawn again; the order of the files stays that of the items.
             for index in sorted(range(len(rows)), key=lambda index: rows[index].product.number):
@@ -306,30 +310,26 @@ def write_catalogue(raw_dir: Path, catalogue: Catalogue, seed: int) -> int:
                 progress.update()
             stray = replace(rows[0], image_name=next(opaque_names(generator(seed, 2, number))) + ".jpg", fault="")
             pictures[stray.image_name] = encode_picture(generator(seed, 2, number, 1), stray)  # named by no item
-            publish_pictures(raw_dir, split, dict(sorted(pictures.items())))
+            publish_pictures(made, split, dict(sorted(pictures.items())))
             num_pictures += len(pictures)
+    made.finish()
     return num_pictures
 
 
-def refuse_foreign_data(raw_dir: Path) -> None:
-    """Never write a sample over the organiser's files."""
-    check_writable(raw_dir)
-    theirs = sorted(path.name for path in raw_dir.glob("item_*"))
-    if theirs and not (raw_dir / ANSWERS).exists():
-        raise UserError(f"{raw_dir}: holds other data ({theirs[0]}); name an empty folder with --raw")
-
-
-def publish_bytes(path: Path, content: bytes) -> None:
-    """One whole file."""
-    with publish(path) as file:
+def publish_bytes(made: Made, name: str, content: bytes) -> None:
+    """One whole file, known as ours before it is there."""
+    made.note(name, hashlib.sha256(content).hexdigest())
+    with publish(made.folder / name) as file:
         file.write(content)
 
 
-def publish_pictures(raw_dir: Path, split: str, pictures: dict[str, bytes]) -> None:
+def publish_pictures(made: Made, split: str, pictures: dict[str, bytes]) -> None:
     """As handed out: an archive in parts for train, one archive for valid, a plain folder for test."""
     name = f"item_{split}_images"
     if split == "test":
-        publish_folder(raw_dir / name, pictures)
+        hashes = {image_name: hashlib.sha256(content).hexdigest() for image_name, content in pictures.items()}
+        made.note(name, hash_of_files(hashes))
+        publish_folder(made.folder / name, pictures)
         return
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
@@ -340,11 +340,11 @@ def publish_pictures(raw_dir: Path, split: str, pictures: dict[str, bytes]) -> N
             file.writestr(entry, content)
     content = archive.getvalue()
     if split == "valid":
-        publish_bytes(raw_dir / f"{name}.zip", content)
+        publish_bytes(made, f"{name}.zip", content)
         return
     size = -(-len(content) // ARCHIVE_PARTS)
     for part in range(ARCHIVE_PARTS):
-        publish_bytes(raw_dir / f"{name}.zip.parta{'abc'[part]}", content[part * size : (part + 1) * size])
+        publish_bytes(made, f"{name}.zip.parta{'abc'[part]}", content[part * size : (part + 1) * size])
 
 
 def publish_folder(folder: Path, files: dict[str, bytes]) -> None:

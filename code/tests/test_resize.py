@@ -322,11 +322,14 @@ def test_an_item_finds_its_picture_by_name_then_stem_then_in_other_splits(raw: P
     assert "train4" in missing[0]["detail"]
 
 
-def test_a_readable_picture_elsewhere_goes_before_an_unreadable_one(raw: Path, data: Path) -> None:
-    hand_out(raw, "train", {"a.jpg": b"broken"})
-    hand_out(raw, "valid", {"a.jpg": picture()})
+def test_a_readable_picture_goes_before_an_unreadable_one_of_its_own_split(raw: Path, data: Path) -> None:
+    hand_out(
+        raw, "train", {"a.jpg": b"broken", "a.png": picture("blue", "PNG"), "b.jpg": b"broken"}, ["a.jpg", "b.jpg"]
+    )
+    hand_out(raw, "valid", {"b.jpg": picture()})
     run(raw, data)
-    assert images(data, "train")["train0"] == images(data, "valid")["valid0"] != ""
+    assert images(data, "train") == {"train0": "a.png.jpg", "train1": ""}, "the b.jpg of valid may show another product"
+    assert "item train0 of train, whose own is unreadable" in ledger(data)["train", "a.png"]["detail"]
 
 
 def test_folders_tell_pictures_of_one_name_apart(raw: Path, data: Path) -> None:

@@ -104,6 +104,15 @@ def check_target(path: Path) -> None:
         raise UserError(f"{path}: a folder, where a file goes; name a file in it, or move it away")
 
 
+def check_apart(output: Path, *inputs: Path) -> None:
+    """Raise UserError if `output` is one of the inputs or lies inside one, links followed. Nothing need be there."""
+    place = output.resolve()
+    for path in inputs:
+        if place.is_relative_to(path.resolve()):
+            where = "is read here" if place == path.resolve() else f"lies in {path}, which is read"
+            raise UserError(f"{output}: {where}, and would be written over; name another folder for what is made")
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
     digest = hashlib.sha256()
