@@ -19,13 +19,15 @@ from ledger import SPLITS, STATUSES, Picture, Records, assign_names, link_pictur
 from sources import Source, find_source
 from tqdm import tqdm
 
+from tongkuan.attributes import DEFAULT_KEYS, TEN_KEYS, coverage_lines
 from tongkuan.command import DATA, RAW, Parser
 from tongkuan.errors import UserError, missing
 from tongkuan.files import check_writable, publish
 from tongkuan.pictures import UnreadableError, silence_pillow, squash
 from tongkuan.processor import keep_freed_memory
 from tongkuan.records import info_row, item_file, pair_file, pair_row, parse_item, read_items, read_pairs
-from tongkuan.rows import read_rows
+from tongkuan.rows import is_given, read_rows
+from tongkuan.streams import absent
 
 HANDED_OUT = "handed_out"  # the folder in DATA that split draws from
 ANSWERS = "item_test_answers.jsonl"
@@ -131,11 +133,11 @@ def apply_outcome(picture: Picture, outcome: Outcome) -> None:
 def read_split(raw_dir: Path, split: str) -> tuple[Records, Source] | None:
     """A split's records and its pictures' source; None when nothing is there, UserError when only half of it is."""
     info, pair, source = item_file(raw_dir, split), pair_file(raw_dir, split), find_source(raw_dir, split)
-    if not info.is_file() and not pair.is_file() and source is None:
+    if not is_given(info) and not is_given(pair) and source is None:
         return None
     for path in (info, pair):
-        if not path.is_file():
-            raise missing(path, f"missing, while other files of {split} are there; {ADVICE}")
+        if not is_given(path):
+            raise absent(path, f"missing, while other files of {split} are there; {ADVICE}")
     if source is None:
         pictures = f"item_{split}_images"
         raise missing(
@@ -192,7 +194,7 @@ def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
     records = {split: record for split, (record, _) in present.items()}
     sources = {split: source for split, (_, source) in present.items()}
     answers = raw_dir / ANSWERS
-    answer_pairs = read_pairs(answers, advice=ADVICE) if answers.is_file() else []
+    answer_pairs = read_pairs(answers, advice=ADVICE) if is_given(answers) else []
     images = data_dir / "images"
     for folder in (data_dir, images, *([data_dir / HANDED_OUT] if present.keys() - {"test"} else [])):
         check_writable(folder)
@@ -206,11 +208,12 @@ def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
         with publish(data_dir / ANSWERS) as file:
             file.writelines(map(pair_row, answer_pairs))
     write_ledger(data_dir / "ledger.jsonl", pictures)
-    return summary(data_dir, pictures, linked)
+    items = [item for record in records.values() for item in record.items.values()]
+    return summary(data_dir, pictures, linked, coverage_lines(items, TEN_KEYS, asked=DEFAULT_KEYS))
 
 
-def summary(data_dir: Path, pictures: list[Picture], linked: dict[str, dict[str, str]]) -> str:
-    """What was made, what is wrong with it, and what to type next."""
+def summary(data_dir: Path, pictures: list[Picture], linked: dict[str, dict[str, str]], coverage: Sequence[str]) -> str:
+    """What was made, what is wrong with it, and what to type next; `coverage` is what there is to say of attributes."""
     counts = Counter(picture.status for picture in pictures)
     statuses = ", ".join(f"{status} {counts[status]:,}" for status in STATUSES)
     unnamed = sum(not picture.is_named for picture in pictures)
@@ -220,7 +223,8 @@ def summary(data_dir: Path, pictures: list[Picture], linked: dict[str, dict[str,
     return (
         f"pictures: {statuses} (each with its reason in {data_dir / 'ledger.jsonl'}); {unnamed:,} that no item names\n"
         f"items: {items}; {bare:,} without a picture\n"
-        f"next: ./entrypoint.sh {verb} --data {data_dir}"
+        + "".join(f"{line}\n" for line in coverage)
+        + f"next: ./entrypoint.sh {verb} --data {data_dir}"
     )
 
 

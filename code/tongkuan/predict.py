@@ -35,6 +35,7 @@ from tongkuan.records import (
     read_items,
     read_pairs,
 )
+from tongkuan.rows import given
 
 # In the image a folder mounted over submit/ hides the first; the Dockerfile keeps the second for that.
 SIMILARITY = next(path for path in (TOP / "submit" / "similarity.py", TOP / "code" / "similarity.py") if path.is_file())
@@ -56,7 +57,7 @@ def predict(
     if cache_dir is not None:
         check_writable(cache_dir)
     model, card = load_model(model_path)
-    items_path, pairs_path = item_file(data_dir, split), pair_file(data_dir, split)
+    items_path, pairs_path = given(item_file(data_dir, split)), given(pair_file(data_dir, split))
     items = read_items(items_path)
     pairs = read_pairs(pairs_path, items, labels="optional", items_path=items_path)
     store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
@@ -88,6 +89,8 @@ def predict(
             "blank_pictures": sorted(store.unreadable),
         }
         write_manifest(submit_dir / "manifest.json", inputs | outputs, facts, card, fellows)
+    for line in store.coverage():
+        print(line)
     print(f"{submit_dir / 'result.jsonl'}: {len(pairs)} pairs, {len(item_ids)} items, threshold {chosen:.6g}")
     if complaint := store.complaint():
         print(complaint)

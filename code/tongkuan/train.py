@@ -151,6 +151,9 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
     task = load_task(settings, data_dir)
     with ranks() as fellows:
         check_batch(settings.train, fellows)
+        if fellows.is_first:
+            for line in task.train_store.coverage():
+                print(line)
         if settings.train.threads is not None:
             torch.set_num_threads(settings.train.threads)
         torch.manual_seed(settings.train.seed)
