@@ -14,10 +14,11 @@ from ledger import SPLITS
 from rich.cells import cell_len
 from tqdm import tqdm
 
-from tongkuan.attributes import TEN_KEYS, AttributeStyle, attributes_of, normalise
+from tongkuan.attributes import DEFAULT_KEYS, TEN_KEYS, AttributeStyle, attributes_of, coverage_lines, normalise
 from tongkuan.command import DATA, Parser, Whole
 from tongkuan.errors import UserError, clip, missing
 from tongkuan.records import Item, Pair, item_file, pair_file, read_items, read_pairs
+from tongkuan.rows import is_given
 
 ADVICE = "run ./entrypoint.sh resize first, or ./entrypoint.sh demo"
 KEY_LENGTH, VALUE_LENGTH = 24, 20  # characters shown
@@ -48,7 +49,7 @@ class Agreement:
 
 def read_catalogue(folder: Path, splits: Sequence[str]) -> tuple[dict[str, Item], list[Pair]]:
     """Items by id and labelled pairs of the splits, or of those that are there. UserError when none is."""
-    splits = splits or [split for split in SPLITS if item_file(folder, split).is_file()]
+    splits = splits or [split for split in SPLITS if is_given(item_file(folder, split))]
     if not splits:
         raise missing(folder, f"no item_train_info.jsonl, item_valid_info.jsonl or item_test_info.jsonl; {ADVICE}")
     items: dict[str, Item] = {}
@@ -56,7 +57,7 @@ def read_catalogue(folder: Path, splits: Sequence[str]) -> tuple[dict[str, Item]
     for split in dict.fromkeys(splits):
         info, pair = item_file(folder, split), pair_file(folder, split)
         found = read_items(info, ADVICE)
-        if pair.is_file():
+        if is_given(pair):
             told = read_pairs(pair, found, "optional", info, ADVICE)
             pairs += [pair for pair in told if pair.label is not None]
         items = found | items  # of an item that several splits tell of, the first one's line counts
@@ -161,6 +162,7 @@ def attributes(folder: Path, splits: Sequence[str], top: int, style: AttributeSt
             *align(rows),
             f"{len(keys):,} of {len(counts.keys):,} keys of {counts.num_items:,} items; {labelled}",
             "* in the default ten; agree: of the pairs whose two sides have the key, those that share a value of it",
+            *coverage_lines(items.values(), TEN_KEYS, style, DEFAULT_KEYS)[1:],
             "next: set model.attribute_keys in a preset",
         ]
     )

@@ -22,13 +22,15 @@ from matching import Matches
 from sources import Source, find_source
 from tqdm import tqdm
 
+from tongkuan.attributes import DEFAULT_KEYS, TEN_KEYS, coverage_lines
 from tongkuan.command import DATA, RAW, Parser, Whole
 from tongkuan.errors import UserError, entrypoint, missing
 from tongkuan.files import check_apart, check_writable, publish
 from tongkuan.pictures import UnreadableError, silence_pillow, squash
 from tongkuan.processor import available_cores, keep_freed_memory
 from tongkuan.records import info_row, item_file, pair_file, pair_row, parse_item, read_items, read_pairs
-from tongkuan.rows import read_rows
+from tongkuan.rows import is_given, read_rows
+from tongkuan.streams import absent
 
 HANDED_OUT = "handed_out"  # the folder in DATA that split draws from
 ANSWERS = "item_test_answers.jsonl"
@@ -140,14 +142,14 @@ def read_split(raw_dir: Path, split: str) -> tuple[Records, Source | None] | Non
     None when nothing is there, UserError when only half of it is.
     """
     info, pair = item_file(raw_dir, split), pair_file(raw_dir, split)
-    items = read_items(info, ADVICE) if info.is_file() else {}
+    items = read_items(info, ADVICE) if is_given(info) else {}
     names = list(dict.fromkeys(item.image_name for item in items.values() if item.image_name))
     source = find_source(raw_dir, split, names)
-    if not info.is_file() and not pair.is_file() and source is None:
+    if not is_given(info) and not is_given(pair) and source is None:
         return None
     for path in (info, pair):
-        if not path.is_file():
-            raise missing(path, f"missing, while other files of {split} are there; {ADVICE}")
+        if not is_given(path):
+            raise absent(path, f"missing, while other files of {split} are there; {ADVICE}")
     if source is None and names:
         pictures = f"item_{split}_images"
         raise missing(
@@ -252,7 +254,7 @@ def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
     for note in (note for source in sources.values() for note in source.notes):
         print(note)
     answers = raw_dir / ANSWERS
-    answer_pairs = read_pairs(answers, advice=ADVICE) if answers.is_file() else []
+    answer_pairs = read_pairs(answers, advice=ADVICE) if is_given(answers) else []
     check_folders(raw_dir, data_dir)
     pictures, digests = list_pictures(sources), Digests(sources)
     matches = Matches({split: record.items.values() for split, record in records.items()}, pictures, digests)
@@ -271,11 +273,12 @@ def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
             file.writelines(map(pair_row, answer_pairs))
     write_ledger(data_dir / LEDGER, [*pictures, *links.absent])
     (data_dir / UNDER_WAY).unlink()
-    return summary(data_dir, pictures, links)
+    items = [item for record in records.values() for item in record.items.values()]
+    return summary(data_dir, pictures, links, coverage_lines(items, TEN_KEYS, asked=DEFAULT_KEYS))
 
 
-def summary(data_dir: Path, pictures: list[Picture], links: Links) -> str:
-    """What was made, what is wrong with it, and what to type next."""
+def summary(data_dir: Path, pictures: list[Picture], links: Links, coverage: Sequence[str]) -> str:
+    """What was made, what is wrong with it, and what to type next; `coverage` is what there is to say of attributes."""
     counts = Counter(picture.status for picture in [*pictures, *links.absent])
     statuses = ", ".join(f"{status} {counts[status]:,}" for status in STATUSES)
     unnamed = sum(not picture.is_named for picture in pictures)
@@ -286,6 +289,7 @@ def summary(data_dir: Path, pictures: list[Picture], links: Links) -> str:
             f"pictures: {statuses} (each with its reason in {data_dir / LEDGER}); {unnamed:,} that no item names",
             f"items: {items}; {links.num_bare():,} without a picture",
             *told_losses(links),
+            *coverage,
             f"next: {entrypoint(verb, '--data', data_dir)}",
         ]
     )

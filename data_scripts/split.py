@@ -30,7 +30,7 @@ from tongkuan.records import (
     read_items,
     read_pairs,
 )
-from tongkuan.rows import read_rows
+from tongkuan.rows import is_given, read_rows
 
 SIDES = ("train", "valid")
 RATIO, SEED = Real(above=0), Whole(-(2**63), 2**63 - 1)
@@ -71,7 +71,7 @@ def read_handed_out(folder: Path) -> HandedOut:
     handed = HandedOut()
     for side in SIDES:
         info = item_file(folder, side)
-        if not info.is_file():
+        if not is_given(info):
             continue
         items = read_items(info, ADVICE)
         rows: dict[str, dict[str, Any]] = {}
@@ -187,7 +187,7 @@ def split(data_dir: Path, ratio: float, seed: int) -> str:
     drawn = dict(zip(SIDES, draw(components, ratio, seed), strict=True))
     pairs = {side: sorted((pair for group in drawn[side] for pair in group), key=pair_key) for side in SIDES}
     test_path = item_file(data_dir, "test")
-    test_items = set(read_items(test_path, ADVICE)) if test_path.is_file() else set()
+    test_items = set(read_items(test_path, ADVICE)) if is_given(test_path) else set()
     largest = max(components, key=len)
     report = {
         "seed": seed,

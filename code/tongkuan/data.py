@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor
 from torch.nn import functional
 
-from tongkuan.attributes import item_text
+from tongkuan.attributes import coverage_lines, item_text
 from tongkuan.config import Augmentation, ImageEncoder, ModelSettings, TextEncoder
 from tongkuan.errors import UserError
 from tongkuan.model import locate, unreachable
@@ -216,6 +216,12 @@ class ItemStore:
             ids[number, : len(row_tokens)] = row_tokens
             mask[number, : len(row_tokens)] = 1
         return Batch(*(torch.from_numpy(array) for array in (images, has_image, ids, mask)))
+
+    def coverage(self) -> list[str]:
+        """Lines on what the items have of the attributes that the model reads; none when it reads no text."""
+        if self.settings.inputs == "image":
+            return []
+        return coverage_lines(self.items.values(), self.settings.attribute_keys, self.settings.attributes)
 
     def complaint(self) -> str:
         """One line on pictures that count as blank, empty when there are none."""

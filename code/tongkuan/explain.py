@@ -26,6 +26,7 @@ from tongkuan.model import pair_scores
 from tongkuan.records import Item, Pair, item_file, pair_file, read_items, read_pairs
 from tongkuan.report.explained import Effect, Explanation, Patches, render_explanation
 from tongkuan.report.views import Pictures
+from tongkuan.rows import is_given
 
 WHOLE, PICTURE, TEXT, TITLE = "as it is", "picture", "title and attributes", "title"
 
@@ -136,7 +137,7 @@ def occlude(
 
 def find_pair(pair_ids: Sequence[str] | None, items_path: Path, items: Mapping[str, Item], pairs_path: Path) -> Pair:
     """The pair, with its label when the split's file has it, whichever way round."""
-    pairs = read_pairs(pairs_path, labels="optional") if pair_ids is None or pairs_path.is_file() else []
+    pairs = read_pairs(pairs_path, labels="optional") if pair_ids is None or is_given(pairs_path) else []
     left, right = pair_ids or (pairs[0].left, pairs[0].right)
     for item_id in (left, right):
         if item_id not in items:

@@ -54,6 +54,7 @@ def plan_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
         lines = [
             describe_pairs("train", task.train_pairs, task.train_store),
             describe_pairs("valid", task.valid_pairs, task.valid_store),
+            *(task.train_store.coverage() if fellows.is_first else ()),
             describe_memory(model, learner.optimizer, settings, fellows) if fellows.is_first else "",
         ]
         done = Run(run_dir, settings, fellows).resume(model, learner.optimizer, learner.scaler)
@@ -97,6 +98,7 @@ def plan_prediction(data_dir: Path, split: str, model_path: Path, settings: Data
     held = len(item_ids) * (8 * card.settings.embedding_size + text)
     lines = [
         describe_pairs(split, pairs, store),
+        *store.coverage(),
         f"memory of a rank in MiB: {mebibytes(peak_bytes(fellows.device))} at its peak in the probe, "
         f"{mebibytes(int(held))} more for embeddings and rows",
         f"time: {duration(item_seconds * len(item_ids))} to encode: {1000 * item_seconds:.3g} ms an item; from a probe "

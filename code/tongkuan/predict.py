@@ -36,6 +36,7 @@ from tongkuan.records import (
     read_items,
     read_pairs,
 )
+from tongkuan.rows import given
 
 # In the image a folder mounted over submit/ hides the first; the Dockerfile keeps the second for that.
 SIMILARITY = next(path for path in (TOP / "submit" / "similarity.py", TOP / "code" / "similarity.py") if path.is_file())
@@ -107,7 +108,7 @@ def compute(
 ) -> Prediction | None:
     """Encode the items of a split's pairs on all ranks; None on all but the first. Writes nothing but the cache."""
     model, card = load_model(model_path)
-    items_path, pairs_path = item_file(data_dir, split), pair_file(data_dir, split)
+    items_path, pairs_path = given(item_file(data_dir, split)), given(pair_file(data_dir, split))
     items = read_items(items_path)
     pairs = read_pairs(pairs_path, items, labels="optional", items_path=items_path)
     store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
@@ -133,7 +134,8 @@ def compute(
         "blank_pictures": sorted(store.unreadable),
     }
     inputs = {"model": model_path, "items": items_path, "pairs": pairs_path}
-    return Prediction(rows, manifest_of(inputs, facts, card, fellows), list(filter(None, [store.complaint()])))
+    notes = [*store.coverage(), *filter(None, [store.complaint()])]
+    return Prediction(rows, manifest_of(inputs, facts, card, fellows), notes)
 
 
 def format_rows(pairs: Sequence[Pair], embeddings: Mapping[str, Embeddings], threshold: float) -> Rows:

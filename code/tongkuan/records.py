@@ -3,6 +3,7 @@
 A line of a user's file becomes an `Item` or a `Pair` here, checked once; an error names file and line.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,23 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from tongkuan.attribute_syntax import canonical, digits_of, pairs_of_value
 from tongkuan.errors import UserError, clip, nearest
-from tongkuan.rows import read_rows
+from tongkuan.rows import read_plain_rows, read_rows
 
 # The judges take at most this many numbers an embedding.
 MAX_EMBEDDING = 1024
+# From here on two whole numbers can be one float.
+MAX_EXACT = 2**53
+LABELS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A listing. Every text may be empty; `attributes` are the raw item-level and SKU-level strings."""
+    """A listing. Every text may be empty; `attributes` are the raw item-level and SKU-level strings.
+
+    Attributes that a file has as JSON values are strings here too: `key#:#value#;#key#:#value#;#`.
+    """
 
     item_id: str
     title: str = ""
@@ -76,14 +84,14 @@ def read_items(path: Path, advice: str = "run ./entrypoint.sh resize, or ./entry
 
 def parse_item(row: Mapping[str, Any], where: str) -> Item:
     """An Item from one JSON object; any key but `item_id` may be missing, null or empty."""
-    item_id = text_field(row, "item_id", where)
+    item_id = id_field(row, "item_id", where)
     if not item_id:
-        raise UserError(f"{where}: no item_id; every item needs one")
+        raise UserError(f"{where}: no item_id, but {clip(sorted(row))}; every item needs one")
     return Item(
         item_id=item_id,
         title=text_field(row, "title", where),
-        item_attributes=text_field(row, "item_pvs", where),
-        sku_attributes=text_field(row, "sku_pvs", where),
+        item_attributes=attribute_field(row, "item_pvs", where),
+        sku_attributes=attribute_field(row, "sku_pvs", where),
         image_name=inside(text_field(row, "item_image_name", where)),
         industry=text_field(row, "industry_name", where),
         category=text_field(row, "cate_name_path", where) or text_field(row, "cate_name", where),
@@ -96,15 +104,39 @@ def inside(name: str) -> str:
 
 
 def text_field(row: Mapping[str, Any], key: str, where: str) -> str:
-    """A text value; numbers are taken as their digits, null as empty."""
+    """A text value; numbers are taken as their digits, null and NaN as empty."""
     value = row.get(key)
     if value is None:
         return ""
     if isinstance(value, str):
         return value
+    if isinstance(value, float):
+        return digits_of(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise UserError(f"{where}: {key} must be a text, found {clip(value)}; put it in quotation marks")
+    raise UserError(f"{where}: {key} must be a text, found {clip(value)}; put a text in quotation marks there")
+
+
+def id_field(row: Mapping[str, Any], key: str, where: str) -> str:
+    """An id as text. A whole float (1001.0) is taken for the number; one too large to be exact is an error."""
+    value = row.get(key)
+    if isinstance(value, float) and value == value and abs(value) >= MAX_EXACT:
+        raise UserError(
+            f"{where}: {key} {clip(value)} is a float beyond 2^53, which stands for several whole numbers; write the "
+            "id as text, in quotation marks"
+        )
+    return text_field(row, key, where)
+
+
+def attribute_field(row: Mapping[str, Any], key: str, where: str) -> str:
+    """Attributes as text: a text as it stands, a dict or list as `key#:#value#;#…`."""
+    value = row.get(key)
+    if not isinstance(value, Mapping | list):
+        return text_field(row, key, where)
+    try:
+        return canonical(pairs_of_value(value))
+    except ValueError as error:
+        raise UserError(f"{where}: {key} is {error}; write it as text: key#:#value#;#key#:#value") from error
 
 
 def read_pairs(
@@ -118,9 +150,7 @@ def read_pairs(
     pairs = []
     for number, row in read_rows(path, advice):
         where = f"{path}:{number}"
-        pair = Pair(
-            text_field(row, "src_item_id", where), text_field(row, "tgt_item_id", where), parse_label(row, where)
-        )
+        pair = Pair(id_field(row, "src_item_id", where), id_field(row, "tgt_item_id", where), parse_label(row, where))
         if not pair.left or not pair.right:
             raise UserError(f"{where}: a pair needs src_item_id and tgt_item_id; mend or delete the line")
         if pair.label is None and labels == "required":
@@ -157,18 +187,33 @@ def components(pairs: Sequence[Pair]) -> list[list[int]]:
 
 
 def parse_label(row: Mapping[str, Any], where: str) -> int | None:
-    """0, 1, or None when the line has no label."""
+    """0, 1, or None when the line has no label: null, NaN or an empty text. 1.0, "1.0" and true are 1."""
     value = row.get("item_label")
-    if value is None or value == "":
+    if value is None or value == "" or value != value:
         return None
-    if isinstance(value, bool) or str(value) not in ("0", "1"):
-        raise UserError(f"{where}: item_label must be 0 or 1, found {clip(value)}; mend or delete the line")
-    return int(value)
+    label = LABELS.get(str(value).lower()) if isinstance(value, str | int | float) else None
+    if label is None and value == 0:
+        label = 0  # -0.0
+    if label is None:
+        raise UserError(
+            f"{where}: item_label must be 0 or 1, found {clip(value)}; write 1 for the same product, 0 for different "
+            "ones, or delete the line"
+        )
+    return label
 
 
 def info_row(row: Mapping[str, Any], image_name: str) -> bytes:
-    """An organiser's item line with its picture's name replaced."""
-    return orjson.dumps({**row, "item_image_name": image_name}) + b"\n"
+    """An organiser's item line with its picture's name replaced. Raises UserError when it is nested too deeply."""
+    changed = {**row, "item_image_name": image_name}
+    try:
+        return orjson.dumps(changed) + b"\n"
+    except TypeError:  # numbers of more than 64 bits, or deeper than orjson writes
+        pass
+    try:
+        text = json.dumps(changed, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError as error:
+        raise UserError(f"item {clip(row.get('item_id'))}: its line is nested too deeply; flatten it") from error
+    return text.encode() + b"\n"
 
 
 def pair_row(pair: Pair) -> bytes:
@@ -201,7 +246,7 @@ def prediction_row(left: str, left_text: bytes, right: str, right_text: bytes, t
 
 def read_predictions(path: Path) -> Iterator[tuple[str, Prediction]]:
     """Yield (file:line, Prediction) of a result file, each line checked against the judges' contract."""
-    for number, row in read_rows(path, "run ./entrypoint.sh predict"):
+    for number, row in read_plain_rows(path, "run ./entrypoint.sh predict"):
         where = f"{path}:{number}"
         threshold = row.get("threshold")
         if isinstance(threshold, bool) or not isinstance(threshold, int | float):

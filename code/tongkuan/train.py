@@ -185,8 +185,8 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
     task = load_task(settings, data_dir)
     with ranks() as fellows:
         check_batch(settings.train, fellows)
-        if fellows.is_first and task.notes:
-            print("\n".join(task.notes), flush=True)
+        if fellows.is_first and (lines := [*task.notes, *task.train_store.coverage()]):
+            print("\n".join(lines), flush=True)
         if settings.train.threads is not None:
             torch.set_num_threads(settings.train.threads)
         torch.manual_seed(settings.train.seed)

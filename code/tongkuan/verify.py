@@ -16,6 +16,7 @@ from tongkuan.errors import UserError, clip, entrypoint, missing
 from tongkuan.files import sha256_of
 from tongkuan.predict import compute
 from tongkuan.records import item_file, pair_file
+from tongkuan.rows import given
 
 # In the order in which one explains the next; what is not named here does not decide the result.
 INPUTS = ("model", "items", "pairs", "images_sha256", "encode_batch", "precision", "threshold", "device", "processor")
@@ -35,8 +36,8 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
         raise UserError(f"{result}: not the file that {path} describes; predict again, or take the one that was made")
     files = {
         "model": model_path,
-        "items": item_file(data_dir, manifest["split"]),
-        "pairs": pair_file(data_dir, manifest["split"]),
+        "items": given(item_file(data_dir, manifest["split"])),
+        "pairs": given(pair_file(data_dir, manifest["split"])),
     }
     for name, file in files.items():  # before hours of work; pictures are hashed on the way
         if file.is_file() and sha256_of(file) != manifest["sha256"][name]:

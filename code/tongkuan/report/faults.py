@@ -14,6 +14,7 @@ from tongkuan.pictures import UnreadableError, open_picture, read_file
 from tongkuan.processor import available_cores
 from tongkuan.records import Item, Pair, components, item_file, pair_file, read_items, read_pairs
 from tongkuan.report.views import Pictures
+from tongkuan.rows import is_given
 
 SIDES = ("train", "valid")
 THUMBNAIL = 8  # pixels a side
@@ -50,7 +51,7 @@ def read_sides(data_dir: Path, pairs_path: Path, pairs: Sequence[Pair]) -> dict[
     found = {pairs_path.name: list(pairs)}
     for side in SIDES:
         path = pair_file(data_dir, side)
-        if path.is_file() and path.name not in found:
+        if is_given(path) and path.name not in found:
             found[path.name] = [pair for pair in read_pairs(path, labels="optional") if pair.label is not None]
     return found
 
@@ -106,7 +107,7 @@ def twins(data_dir: Path, pictures: Pictures) -> list[Twin] | None:
 
     Every picture is decoded small, once; each of validation is compared with each of train by matrix product.
     """
-    if not all(item_file(data_dir, side).is_file() for side in SIDES):
+    if not all(is_given(item_file(data_dir, side)) for side in SIDES):
         return None
     looks, owners = zip(*(looks_of(data_dir, side, pictures) for side in SIDES), strict=True)
     train, valid = looks

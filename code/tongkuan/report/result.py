@@ -13,6 +13,7 @@ from tongkuan.errors import UserError, missing, nearest
 from tongkuan.judge import judged
 from tongkuan.metrics import Labels, Scores
 from tongkuan.records import Item, Pair, item_file, read_items, read_predictions
+from tongkuan.rows import is_given
 
 # How far q.q - p.p may be from the score, in shares of the largest, and still count as the two towers' score.
 TOLERANCE = 1e-6
@@ -103,10 +104,11 @@ def read_manifest(submit_dir: Path) -> dict[str, Any]:
 def find_items(data_dir: Path, pairs: Sequence[Pair], manifest: Mapping[str, Any]) -> dict[str, Item]:
     """The pairs' items: of the split that the manifest names, else of the first item file that has them all."""
     split = manifest.get("split")
-    if isinstance(split, str) and item_file(data_dir, split).is_file():
+    if isinstance(split, str) and is_given(item_file(data_dir, split)):
         paths = [item_file(data_dir, split)]
     else:
-        paths = sorted(data_dir.glob("item_*_info.jsonl"))
+        found = [*data_dir.glob("item_*_info.jsonl"), *data_dir.glob("item_*_info.jsonl.gz")]
+        paths = sorted({path.with_name(path.name.removesuffix(".gz")) for path in found})
     if not paths:
         raise missing(data_dir, "no item_*_info.jsonl; name the folder that was predicted from with --data")
     ids = dict.fromkeys(item_id for pair in pairs for item_id in (pair.left, pair.right))
