@@ -12,6 +12,7 @@ from types import ModuleType
 from tongkuan.command import DATA, Parser
 from tongkuan.ending import report_error, stop
 from tongkuan.errors import UserError, clip, nearest
+from tongkuan.files import check_apart_from_data
 
 DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
 PRESET = "ccks2022-63"
@@ -347,6 +348,13 @@ SCRIPTS = {
     "split": "item-disjoint train and validation pairs",
     "attributes": "which attribute keys items have, and how well they tell products apart",
 }
+OUTPUTS = {  # of verbs that read --data: options that name a folder to fill, and a file to write
+    "train": (("run",), ("model",)),
+    "predict": (("submit", "cache"), ()),
+    "evaluate": (("cache",), ()),
+    "report": ((), ("out",)),
+    "explain": ((), ("out",)),
+}
 RANKED = ("train", "evaluate", "predict")
 
 
@@ -399,6 +407,10 @@ def main(argv: Sequence[str]) -> int:
         return int(script(name).main(rest))
     parser = parser_of(name)
     arguments = parser.parse_intermixed_args(rest)
+    folders, files = OUTPUTS.get(name, ((), ()))
+    if folders or files:
+        given = {option: path for option, path in vars(arguments).items() if path is not None}
+        check_apart_from_data(arguments.data, *([given[o] for o in kind if o in given] for kind in (folders, files)))
     if name in RANKED and (count := num_ranks(arguments.nproc)) > 1:
         from tongkuan.distributed import launch
 
