@@ -48,8 +48,7 @@ class Links:
     shared: dict[Picture, list[str]] = field(default_factory=dict)  # whom pictures serve beyond items of their name
     num_named: int = 0  # items that name a picture
     causes: dict[str, Cause] = field(default_factory=dict)
-    num_of_other_splits: int = 0
-    example_of_other_split: str = ""
+    doubts: dict[str, Cause] = field(default_factory=dict)  # pictures that were taken and may be another product's
 
     def mark(self) -> None:
         """Write into the pictures' ledger rows whom they serve."""
@@ -73,6 +72,13 @@ class Links:
         """Count an item that names a picture and gets none."""
         example = f"{clip(item.image_name, LONGEST_NAME)} of {split} item {clip(item.item_id)}{told}"
         self.causes.setdefault(text, Cause(text, example, advice)).count += 1
+
+    def doubt(self, text: str, split: str, item: Item, picture: Picture, served: str) -> None:
+        """Count an item that gets a picture which may be another product's, and note it for the ledger."""
+        example = f"{clip(f'{picture.split}/{picture.path}', LONGEST_NAME)} for {split} item {clip(item.item_id)}"
+        advice = "if that is another product, add the right file or empty item_image_name"
+        self.doubts.setdefault(text, Cause(text, example, advice)).count += 1
+        self.shared.setdefault(picture, []).append(f"item {item.item_id} of {split}, {served}")
 
 
 def link_pictures(records: Mapping[str, Records], matches: Matches) -> Links:
@@ -100,18 +106,19 @@ def link_item(links: Links, split: str, item: Item, matches: Matches) -> Picture
     if picture is None:
         lose_match(links, split, item, match)
         return None
+    name = clip(item.image_name, LONGEST_NAME)
     if not picture.image:
         if other := matches.readable_instead(split, item.image_name):
-            links.shared.setdefault(other, []).append(f"item {item.item_id} of {split}, whose own is unreadable")
             picture = other
+            links.doubt(
+                "with a picture of like name, their own unreadable", split, item, picture, f"for {name} is broken"
+            )
         else:
             lose_unreadable(links, split, item, picture)
     elif match.is_of_other_split:
-        links.shared.setdefault(picture, []).append(f"item {item.item_id} of {split}, which has no such file")
-        links.num_of_other_splits += 1
-        links.example_of_other_split = links.example_of_other_split or (
-            f"{clip(f'{picture.split}/{picture.path}', LONGEST_NAME)} for {split} item {clip(item.item_id)}"
-        )
+        links.doubt("with a picture of another split", split, item, picture, "which has no such file")
+    elif match.is_by_stem and matches.claims.is_claimed(picture, item.image_name):
+        links.doubt("with a picture that another item names in full", split, item, picture, f"which names {name}")
     links.named.add(picture)
     return picture
 
@@ -164,11 +171,7 @@ def told_losses(links: Links) -> list[str]:
     lines = [f"  {cause.count:,} {cause}" for cause in shown]
     if rest := causes[len(shown) :]:
         lines.append(f"  {sum(cause.count for cause in rest):,} for {len(rest)} other causes, each in the ledger")
-    if number := links.num_of_other_splits:
-        lines.append(
-            f"  {number:,} with a picture of another split, such as {links.example_of_other_split}; if that is another "
-            "product, add the right file or empty item_image_name"
-        )
+    lines += [f"  {doubt.count:,} {doubt}" for doubt in links.doubts.values()]
     return lines
 
 

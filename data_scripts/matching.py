@@ -25,6 +25,7 @@ class Match:
     is_by_tail: bool = False  # the folder that the name gives is not among the pictures
     is_in_other_folder: bool = False  # by_tail, and the file lies in a folder that the name does not give
     is_of_other_split: bool = False
+    is_by_stem: bool = False  # another suffix, or none
     detail: str = ""  # why there is none, beyond "no such file"
 
 
@@ -67,9 +68,15 @@ class Index:
         if (form, keys) not in self.verdicts:
             found = self.ending_in(form, keys)
             if len(found) > 1:
-                found = self.distinct([picture for picture in found if self.is_whole(form, picture, keys)] or found)
+                whole = self.whole(form, found, keys, 0) or self.whole(form, found, keys, self.wrapper)
+                found = self.distinct(whole or found)
             self.verdicts[form, keys] = tuple(found)
         return self.verdicts[form, keys]
+
+    def whole(self, form: Form, pictures: list[Picture], keys: tuple[str, ...], less: int) -> list[Picture]:
+        """Those of the pictures whose path, less so many folders, is one of the keys."""
+        paths = ((picture, key.split("/", less)) for picture in pictures for key in form(picture.path))
+        return list(dict.fromkeys(picture for picture, parts in paths if len(parts) > less and parts[less] in keys))
 
     def ending_in(self, form: Form, keys: tuple[str, ...]) -> list[Picture]:
         """All pictures whose path ends in one of `keys`."""
@@ -83,20 +90,15 @@ class Index:
             by_bytes.setdefault(self.digests.of(picture), picture)
         return list(by_bytes.values())
 
-    def is_whole(self, form: Form, picture: Picture, keys: tuple[str, ...]) -> bool:
-        """Whether one of the keys is the picture's whole path, the common folders counted or not."""
-        own = form(picture.path)
-        return any(key in own for key in keys) or any(
-            key.split("/", self.wrapper)[-1] in keys for key in own if key.count("/") >= self.wrapper
-        )
-
     def steps(self, name: str) -> Iterator[Match]:
         """What each step gives, strictest first; steps that give nothing are passed over."""
         by_form = {}
         for form in FORMS:
             by_form[form] = form(name)
             if found := self.fitting(form, by_form[form]):
-                yield as_match(found)
+                match = as_match(found)
+                match.is_by_stem = form is stems
+                yield match
         start = self.tail_start(name)
         for form, whole in by_form.items() if start else ():
             keys = tuple("/".join(key.split("/")[start:]) for key in whole)
@@ -174,11 +176,11 @@ class Matches:
 
 
 class Claims:
-    """Which names lead to which picture. Names that differ in a shop's suffix or the picture's kind count as one."""
+    """Which names lead to which picture. Names that differ only in what shops add to them count as one."""
 
     def __init__(self, matches: Iterable[tuple[str, Match]]) -> None:
         self.names: dict[Picture, list[str]] = {}
-        self._stems: dict[Picture, set[str]] = {}
+        self._originals: dict[Picture, set[tuple[str, ...]]] = {}
         for name, match in matches:
             if match.picture:
                 self.names.setdefault(match.picture, []).append(name)
@@ -188,6 +190,6 @@ class Claims:
         names = self.names.get(picture, [])
         if names in ([], [name]):
             return False
-        if picture not in self._stems:
-            self._stems[picture] = {stems(other)[-1] for other in names}
-        return bool(self._stems[picture] - {stems(name)[-1]})
+        if picture not in self._originals:
+            self._originals[picture] = {original(other) for other in names}
+        return bool(self._originals[picture] - {original(name)})

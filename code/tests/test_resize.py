@@ -329,7 +329,7 @@ def test_a_readable_picture_goes_before_an_unreadable_one_of_its_own_split(raw: 
     hand_out(raw, "valid", {"b.jpg": picture()})
     run(raw, data)
     assert images(data, "train") == {"train0": "a.png.jpg", "train1": ""}, "the b.jpg of valid may show another product"
-    assert "item train0 of train, whose own is unreadable" in ledger(data)["train", "a.png"]["detail"]
+    assert "item train0 of train, for 'a.jpg' is broken" in ledger(data)["train", "a.png"]["detail"]
 
 
 def test_folders_tell_pictures_of_one_name_apart(raw: Path, data: Path) -> None:

@@ -13,6 +13,7 @@ from tongkuan import options
 from tongkuan.command import Parser
 from tongkuan.ending import report_error, stop
 from tongkuan.errors import UserError, clip, entrypoint, nearest
+from tongkuan.files import check_apart_from_data
 from tongkuan.group import alone, awaited, find_place, forget, is_own_rank
 from tongkuan.terminal import close_streams, open_streams, say
 
@@ -236,6 +237,13 @@ SCRIPTS = {
     "split": "item-disjoint train and validation pairs",
     "attributes": "which attribute keys items have, and how well they tell products apart",
 }
+OUTPUTS = {  # of verbs that read --data: options that name a folder to fill, and a file to write
+    "train": (("run",), ("model",)),
+    "predict": (("submit", "cache"), ()),
+    "evaluate": (("cache",), ()),
+    "report": ((), ("out",)),
+    "explain": ((), ("out",)),
+}
 RANKED = ("train", "evaluate", "predict")
 
 
@@ -290,6 +298,10 @@ def main(argv: Sequence[str]) -> int:
         return int(script(name).main(rest))
     parser = parser_of(name)
     arguments = parser.parse_intermixed_args(rest)
+    folders, files = OUTPUTS.get(name, ((), ()))
+    if folders or files:
+        given = {option: path for option, path in vars(arguments).items() if path is not None}
+        check_apart_from_data(arguments.data, *([given[o] for o in kind if o in given] for kind in (folders, files)))
     if name in RANKED and (count := num_ranks(arguments.nproc)) > 1:
         from tongkuan.launch import launch
 

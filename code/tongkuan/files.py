@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -111,6 +111,20 @@ def check_apart(output: Path, *inputs: Path) -> None:
         if place.is_relative_to(path.resolve()):
             where = "is read here" if place == path.resolve() else f"lies in {path}, which is read"
             raise UserError(f"{output}: {where}, and would be written over; name another folder for what is made")
+
+
+def check_apart_from_data(data_dir: Path, folders: Iterable[Path], files: Iterable[Path]) -> None:
+    """Raise UserError if a verb that reads `data_dir` would write into what resize and split made there.
+
+    An output folder may be any other folder below it; an output file may also lie in it directly.
+    """
+    inputs = [data_dir / "images", data_dir / "handed_out"]
+    for folder in folders:
+        check_apart(folder, *inputs)
+        if folder.resolve() == data_dir.resolve():
+            raise UserError(f"{folder}: is read here; name another folder for what is made, such as {folder / 'made'}")
+    for file in files:
+        check_apart(file, *inputs)
 
 
 def sha256_of(path: Path) -> str:

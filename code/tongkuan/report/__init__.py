@@ -44,6 +44,7 @@ def report(
     subject = content.Subject(result, items, pictures, manifest, compared)
     # First, for it finds pictures that cannot be read, and the rest counts them as missing.
     shown, images = content.encode_pictures(subject)
+    num_pictured = len(shown) if images else 0  # a catalogue of texts alone
     faults = contradictions(read_sides(data_dir, pairs_path, result.pairs))
     facts = {
         **content.headline(subject),
@@ -56,11 +57,11 @@ def report(
     }
     data = content.data(subject, shown)
     data["charts"] |= {f"training-{number}": chart for number, (_, chart) in enumerate(curves)}
-    page = render("page.html.j2", facts | {"num_pictured": len(shown)}, data, images)
+    page = render("page.html.j2", facts | {"num_pictured": num_pictured}, data, images)
     with publish(out) as file:
         file.write(page)
     quality = quality_at(result.scores, result.labels, result.thresholds)
-    print(f"{out}: {quality} on {len(result.pairs)} pairs, {len(shown)} with pictures, {len(page) / 1e6:.1f} MB")
+    print(f"{out}: {quality} on {len(result.pairs)} pairs, {num_pictured} with pictures, {len(page) / 1e6:.1f} MB")
     for note in notes:
         print(note)
     print("next: open it in a browser; it needs no network")
