@@ -2,21 +2,21 @@
 
 import unicodedata
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 # The strictest first: where several fit equally well, a text that is right by chance is least likely in the first.
 ENCODINGS = ("utf-8", "gb18030", "cp950", "big5hkscs", "cp932", "cp437")
 LITTER = {"thumbs.db", ".ds_store", "desktop.ini"}
 
 
-def decode_names(names: Sequence[tuple[bytes, str | None]], wanted: Iterable[str]) -> list[str]:
-    """Each (bytes, text where it is known) as text, all in the encoding that finds most of the `wanted` paths.
+def decode_names(names: Sequence[tuple[bytes, str | None]], marks: AbstractSet[str]) -> list[str]:
+    """Each (bytes, text where it is known) as text, all in the encoding that finds most of the items' `marks`.
 
-    Only a name that is no text in that encoding, or that finds a path in another one alone, is read in another.
+    Only a name that is no text in that encoding, or that finds a mark in another one alone, is read in another.
     """
     unknown = [raw for raw, text in names if text is None and not raw.isascii()]
     if not unknown:
         return [text if text is not None else raw.decode("ascii") for raw, text in names]
-    marks = {mark for path in wanted if not path.isascii() for mark in marks_of(path)}
     tables = {encoding: decode_all(unknown, encoding) for encoding in ENCODINGS}
     found = {
         encoding: {raw for raw, text in table.items() if not marks.isdisjoint(marks_of(text))}
@@ -51,7 +51,16 @@ def marks_of(path: str) -> set[str]:
     return {mark for mark in marks if not mark.isascii()}
 
 
+def marks_of_all(paths: Iterable[str]) -> set[str]:
+    return {mark for path in paths if not path.isascii() for mark in marks_of(path)}
+
+
 def is_litter(path: str) -> bool:
     """Whether a system left the file beside the pictures: a Mac's resource forks, lists of previews."""
     *folders, name = path.replace("\\", "/").split("/")
     return "__MACOSX" in folders or name.startswith("._") or name.casefold() in LITTER
+
+
+def printable(text: str) -> str:
+    """The text on one line: what a terminal would obey, and bytes that are no text, as marks."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

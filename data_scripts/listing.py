@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from file_names import decode_names, is_litter
+from file_names import decode_names, is_litter, marks_of_all, printable
 from joined import Joined
 from volumes import OTHER, ArchiveError, Volumes, find_volumes, is_part, open_volumes
 from zips import MAX_ENTRIES, STORED, DamagedError, Entry, data_start, read_table, unpack
 
-from tongkuan.errors import UserError
+from tongkuan.errors import UserError, clip
 
 MAX_INNER = 10_000  # archives inside archives
 # What those may unpack to, all together; pictures are packed already, so honest ones grow little.
@@ -46,6 +46,27 @@ Group: TypeAlias = tuple[Path, Volumes]  # an archive's files in their folder
 Found: TypeAlias = tuple[bytes, str | None, Key | Group]  # a path's bytes, its text where that is known, what it is
 
 
+Test: TypeAlias = Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where files are found together: in the archive `where`, or in the archive `inside` that.
+
+    `is_loose` tells which of them lie unpacked beside their archive: those are listed from there.
+    """
+
+    where: str
+    inside: str = ""
+    prefix: str = ""  # of their paths
+    depth: int = 0
+    is_loose: Test | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.where}: {clip(self.inside)} in it" if self.inside else self.where
+
+
 class Spool:
     """Unpacked archives one after the other, in a file without a name: it goes with this process, however that ends."""
 
@@ -70,11 +91,11 @@ class Spool:
 
 
 class Listing:
-    """The files of a split's source. `folder` is where its archives would be unpacked to, `names` what items call."""
+    """The files of a split's source. Archives would be unpacked to `folder`; items name the pictures `names`."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self.folder = folder
-        self.names = list(names)
+        self.marks = marks_of_all(names)
         self.files: list[tuple[str, Key]] = []
         self.archives: list[tuple[str, ...]] = []  # the files of each, read end to end
         self.notes: list[str] = []
@@ -86,7 +107,7 @@ class Listing:
 
     def add_folder(self, root: str) -> None:
         """List what is below `root`. Raises UserError when that cannot be opened."""
-        self.add(root, list(self.walk(root)))
+        self.add(Place(root), list(self.walk(root)))
 
     def walk(self, root: str) -> Iterator[Found]:
         """Yield the files below `root`, in a fixed order: each real folder once, linked ones after the others."""
@@ -114,107 +135,83 @@ class Listing:
 
     def lose_folder(self, root: str, folder: str, error: OSError) -> Found:
         """What stands for a folder that cannot be opened. Raises UserError for the root."""
-        line = f"{folder}: this folder cannot be opened ({(error.strerror or 'unknown').lower()}); make it readable"
+        cause = (error.strerror or "unknown").lower()
+        line = printable(f"{folder}: this folder cannot be opened ({cause}); make it readable")
         if folder == root:
             raise UserError(line) from error
         self.note("lost", line)
         detail = f"a folder that cannot be opened ({error.strerror})"
         return os.fsencode(folder.removeprefix(root).lstrip("/")), None, Lost(detail, line)
 
-    def add_volumes(
-        self, folder: Path, volumes: Volumes, prefix: str = "", is_loose: Callable[[str], bool] | None = None
-    ) -> None:
+    def add_volumes(self, folder: Path, volumes: Volumes, prefix: str = "", is_loose: Test | None = None) -> None:
         """List the files of an archive in `folder`. Raises ArchiveError."""
         paths, entries = open_volumes(folder, volumes)
         self.archives.append(paths)
-        self.add_entries(paths[-1], "", len(self.archives) - 1, entries, prefix, 0, is_loose)
+        self.add_entries(Place(paths[-1], "", prefix, 0, is_loose), len(self.archives) - 1, entries)
 
-    def add_entries(
-        self,
-        where: str,
-        inside: str,
-        archive: int,
-        entries: list[Entry],
-        prefix: str,
-        depth: int,
-        is_loose: Callable[[str], bool] | None,
-    ) -> None:
+    def add_entries(self, place: Place, archive: int, entries: list[Entry]) -> None:
         """List an archive's entries; those that cannot be unpacked are lost, with one line for all of a cause."""
         self.num_entries += len(entries)
         if self.num_entries > MAX_ENTRIES:
-            raise UserError(f"{where}: more than {MAX_ENTRIES:,} files; unpack it into the folder {self.folder}")
-        lost = {entry.trouble: self.trouble(where, inside, entry.trouble) for entry in entries}
-        keys = [
-            Lost(entry.trouble, str(lost[entry.trouble])) if entry.trouble else Packed(archive, entry)
-            for entry in entries
-        ]
-        found: list[Found] = [(entry.name, entry.text, key) for entry, key in zip(entries, keys, strict=True)]
-        self.add(where, found, prefix, depth, is_loose)
+            raise UserError(f"{place.where}: more than {MAX_ENTRIES:,} files; hand over fewer")
+        lost = {trouble: self.lost(place, trouble) for trouble in {entry.trouble: 0 for entry in entries}}
+        keys = [lost[entry.trouble] if entry.trouble else Packed(archive, entry) for entry in entries]
+        self.add(place, [(entry.name, entry.text, key) for entry, key in zip(entries, keys, strict=True)])
 
-    def add(
-        self,
-        where: str,
-        found: list[Found],
-        prefix: str = "",
-        depth: int = 0,
-        is_loose: Callable[[str], bool] | None = None,
-    ) -> None:
-        """List files found together, and those of the archives among them, below `prefix`.
-
-        `is_loose` tells which of them lie unpacked beside the archive that they are in: those are listed from there.
-        """
-        texts = decode_names([(raw, text) for raw, text, _ in found], self.names)
+    def add(self, place: Place, found: list[Found]) -> None:
+        """List files found together, and those of the archives among them."""
+        texts = decode_names([(raw, text) for raw, text, _ in found], self.marks)
         kept = [(text, key) for text, (*_, key) in zip(texts, found, strict=True) if not is_litter(text)]
         plain = {text for text, key in kept if not is_archive(text, key)}
-        num_loose = 0
+        num_loose = num_read = 0
         for text, key in kept:
-            if is_loose and is_loose(text):
+            if place.is_loose and place.is_loose(text):
                 num_loose += 1
-            elif isinstance(key, tuple) or (isinstance(key, Packed) and text not in plain):
-                self.add_inner(where, text, key, prefix, depth, plain)
+            elif isinstance(key, tuple) or (isinstance(key, Packed) and is_archive(text, key)):
+                self.add_inner(place, text, key, plain)
             else:
-                self.files.append((prefix + text, key))
-        if num_loose:
-            self.note("loose", f"{where}: {num_loose:,} of its files lie unpacked beside it, those are read")
+                self.files.append((place.prefix + text, key))
+                num_read += not isinstance(key, Lost)
+        if place.prefix:
+            loose = f", {num_loose:,} more lie unpacked beside it and are read from there" if num_loose else ""
+            self.note("inner", f"{place.name}: an archive among the pictures, {num_read:,} files in it are read{loose}")
 
-    def add_inner(self, where: str, text: str, key: Packed | Group, prefix: str, depth: int, plain: set[str]) -> None:
+    def add_inner(self, place: Place, text: str, key: Packed | Group, plain: set[str]) -> None:
         """List the files of an archive that lies among others, or the archive as lost."""
-        stem = text[: text.casefold().rindex(".")] if isinstance(key, Packed) else stem_of(text, key[1])
+        stem = text[: text.rindex(".")] if isinstance(key, Packed) else stem_of(text, key[1])
         bases = (f"{stem}/", text[: text.rfind("/") + 1])
 
         def is_loose(path: str) -> bool:
             return any(base + path in plain for base in bases)
 
+        prefix = f"{place.prefix}{stem}/"
         try:
             if isinstance(key, Packed):
-                self.add_packed(where, text, key, f"{prefix}{stem}/", depth + 1, is_loose)
+                self.add_packed(Place(place.where, text, prefix, place.depth + 1, is_loose), key)
             else:
-                self.add_volumes(*key, f"{prefix}{stem}/", is_loose)
+                self.add_volumes(*key, prefix, is_loose)
         except ArchiveError as error:
             self.note("lost", str(error))
-            self.files.append((prefix + text, Lost(error.detail, str(error))))
+            self.files.append((place.prefix + text, Lost(error.detail, str(error))))
 
-    def add_packed(
-        self, where: str, inside: str, key: Packed, prefix: str, depth: int, is_loose: Callable[[str], bool]
-    ) -> None:
+    def add_packed(self, place: Place, key: Packed) -> None:
         """List the files of an archive inside another. Raises ArchiveError."""
         self.num_inner += 1
         if self.num_inner > MAX_INNER:
-            raise self.trouble(where, inside, f"one of more than {MAX_INNER:,} archives in archives")
-        if depth > 1:
-            raise self.trouble(where, inside, "an archive in an archive in an archive")
-        if not inside.casefold().endswith(".zip"):
-            raise self.trouble(where, inside, "an archive in an archive, and not a whole zip")
+            raise self.trouble(place, f"one of more than {MAX_INNER:,} archives in archives")
+        if place.depth > 1:
+            raise self.trouble(place, "an archive in an archive in an archive")
+        if not place.inside.casefold().endswith(".zip"):
+            raise self.trouble(place, "an archive in an archive, and not a whole zip")
         try:
-            archive, start, size = self.unpacked(where, inside, key)
+            archive, start, size = self.unpacked(place, key)
             with Joined(self.archives[archive], start, size) as joined, io.BufferedReader(joined) as file:
                 entries = [dataclasses.replace(entry, start=entry.start + start) for entry in read_table(file)]
         except DamagedError as error:
-            raise self.trouble(where, inside, f"not a whole zip archive ({error})") from error
-        self.note("inner", f"{where}: {inside} in it is an archive too, its {len(entries):,} files are read")
-        self.add_entries(where, inside, archive, entries, prefix, depth, is_loose)
+            raise self.trouble(place, f"not a whole zip archive ({error})") from error
+        self.add_entries(place, archive, entries)
 
-    def unpacked(self, where: str, inside: str, key: Packed) -> tuple[int, int, int]:
+    def unpacked(self, place: Place, key: Packed) -> tuple[int, int, int]:
         """Where an inner archive lies, stored or unpacked to disk: archive, start, bytes. Raises DamagedError."""
         paths = self.archives[key.archive]
         with Joined(paths) as joined, io.BufferedReader(joined) as file:
@@ -231,24 +228,27 @@ class Listing:
                     raise OSError
                 return self.spooled, *self.spool.add(unpack(file, key.entry), limit)
             except OSError as error:
-                room = f"no room in {tempfile.tempdir or 'any temporary folder'} for {key.entry.size >> 20:,} MB"
-                advice = f"set TMPDIR to a folder with room, or {self.advice(inside, '')}"
-                raise UserError(f"{where}: {room}, to which {inside} in it unpacks; {advice}") from error
+                room = f"no room in {tempfile.tempdir or 'any temporary folder'} for {key.entry.size >> 20:,} MB of it"
+                advice = f"set TMPDIR to a folder with room, or {self.advice(place, '')}"
+                raise UserError(printable(f"{place.name}: {room}; {advice}")) from error
 
-    def trouble(self, where: str, inside: str, detail: str) -> ArchiveError:
-        return ArchiveError(f"{where}: {inside} in it" if inside else where, detail, self.advice(inside, detail))
+    def trouble(self, place: Place, detail: str) -> ArchiveError:
+        return ArchiveError(place.name, detail, self.advice(place, detail))
 
-    def advice(self, inside: str, detail: str) -> str:
-        """How the user gets at what is in an archive, or in the archive `inside` it."""
+    def lost(self, place: Place, detail: str) -> Lost:
+        return Lost(detail, str(self.trouble(place, detail)))
+
+    def advice(self, place: Place, detail: str) -> str:
+        """How the user gets at what is in an archive, or in the archive inside it."""
         password = " with its password" if detail == "encrypted" else ""
-        what = f"unpack it and then {inside}{password}" if inside else f"unpack it{password}"
+        what = f"unpack it and then {clip(place.inside)}{password}" if place.inside else f"unpack it{password}"
         return f"{what} into the folder {self.folder}, and move the zip away"
 
     def note(self, kind: str, line: str) -> None:
         """Keep a line for the user, unless there are enough of the kind."""
         self.counts[kind] += 1
         if self.counts[kind] <= MAX_NOTES:
-            self.notes.append(line)
+            self.notes.append(printable(line))
 
 
 def sort_entries(entries: Iterator[os.DirEntry[str]]) -> tuple[list[tuple[str, Key]], list[str], list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from file_names import printable
 from joined import Joined
 from zips import DamagedError, Entry, read_end, read_table
 
@@ -28,7 +29,7 @@ class ArchiveError(UserError):
     """An archive that cannot be read. `detail` is what is wrong with it, for a ledger."""
 
     def __init__(self, path: str | Path, detail: str, advice: str) -> None:
-        super().__init__(f"{path}: {detail}; {advice}")
+        super().__init__(printable(f"{path}: {detail}; {advice}"))
         self.detail = detail
 
 

@@ -1,5 +1,6 @@
 """Archives in archives, encrypted, in several files, or hostile: read, or named in a line."""
 
+import os
 import pickle
 import shutil
 import struct
@@ -52,7 +53,7 @@ def test_a_zip_in_a_zip_is_read_by_every_process(tmp_path: Path, outer: int, met
     told = {path: travelled.read(pickle.loads(pickle.dumps(key))) for path, key in source.entries()}
     expected = {f"sets/one/{n}.jpg": bytes([n]) * 3000 for n in range(5)}
     assert told == {**expected, "b.jpg": b"b", "TWO/c.jpg": b"c.jpg"}
-    assert ["one.zip in it is an archive too" in line for line in source.notes] == [True, False]
+    assert ["one.zip' in it: an archive among the pictures, 5 files" in line for line in source.notes] == [True, False]
 
 
 def read_here(task: tuple[Any, Any]) -> bytes:
@@ -100,6 +101,18 @@ def test_an_inner_archive_that_cannot_be_read_is_named(tmp_path: Path, inner: by
             put(tmp_path / STEM, b"unpacked", name)
         put(tmp_path / STEM, inner, "in.zip")
         assert set(read_all(tmp_path).values()) == {"unpacked"}
+
+
+@pytest.mark.parametrize("name", ["a\nb.zip", "\x1b[31m.zip", "长" * 5000 + ".zip", "\u202e.zip"])
+def test_a_hostile_name_of_an_inner_archive_stays_on_a_short_line(tmp_path: Path, name: str) -> None:
+    put(tmp_path, in_zip({name: b"no zip"}))
+    line = refused(tmp_path)
+    assert line.isprintable() and len(line.replace(str(tmp_path), "")) < 300 and "not a whole zip archive" in line
+    folder = tmp_path / "other"
+    for raw in ("红.zip".encode("gb18030"), b"\n.zip"):
+        put(folder / STEM, b"no zip", os.fsdecode(raw))
+    put(folder / STEM, b"ok", "ok.jpg")
+    assert all(line.isprintable() for line in notes(folder)) and len(notes(folder)) == 2
 
 
 @pytest.mark.parametrize("name", ["in.7z", "in.rar", "in.tar.gz", "x/in.tgz", "in.zip.001", "in.z01"])
@@ -168,7 +181,7 @@ def test_what_lies_unpacked_beside_its_archive_is_read_from_there(tmp_path: Path
     put(tmp_path / STEM, b"own b", "set/photos/b.jpg")
     expected = {"set/a.jpg": "own a", "set/photos/b.jpg": "own b", "set/photos/c.jpg": "c.jpg"}
     assert read_all(tmp_path) == expected
-    assert ["2 of its files lie unpacked beside it" in line for line in notes(tmp_path)] == [True]
+    assert ["1 files in it are read, 2 more lie unpacked beside it" in line for line in notes(tmp_path)] == [True]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

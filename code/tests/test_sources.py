@@ -110,7 +110,7 @@ def test_an_entry_whose_own_header_has_another_name_is_read(tmp_path: Path) -> N
 
 @given(st.lists(st.binary(min_size=1, max_size=12), max_size=6), st.lists(st.text(max_size=6), max_size=4))
 def test_any_bytes_become_text_and_ascii_stays(raw: list[bytes], names: list[str]) -> None:
-    texts = file_names.decode_names([(name, None) for name in raw], names)
+    texts = file_names.decode_names([(name, None) for name in raw], file_names.marks_of_all(names))
     assert len(texts) == len(raw)
     for name, text in zip(raw, texts, strict=True):
         assert text.encode() and (not name.isascii() or text == name.decode())
