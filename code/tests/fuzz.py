@@ -13,7 +13,8 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["tongkuan.records"]):
+with atheris.instrument_imports(include=["tongkuan.records", "tongkuan.attributes", "tongkuan.attribute_syntax"]):
+    from tongkuan import attributes as readings
     from tongkuan import records
 from tongkuan.errors import UserError
 
@@ -22,11 +23,11 @@ def attributes(data: bytes) -> None:
     """Any text: keys and values come back cleaned, distinct and not empty."""
     text = data.decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 become lone surrogates
     for style in ("quoted", "published"):
-        for key, values in records.parse_attributes(text, style).items():
-            assert key == records.normalise(key) and key
+        for key, values in readings.parse_attributes(text, style).items():
+            assert key == readings.normalise(key) and key
             assert values and len(set(values)) == len(values)
-            assert all(value and value == records.normalise(value) for value in values)
-        records.item_text(records.Item("1", text, text, text), ("型号", text), style)
+            assert all(value and value == readings.normalise(value) for value in values)
+        readings.item_text(records.Item("1", text, text, text), ("型号", text), style)
 
 
 def result(data: bytes) -> None:
@@ -46,7 +47,13 @@ def result(data: bytes) -> None:
 
 TARGETS = {"attributes": attributes, "result": result}
 SEEDS = {
-    "attributes": ["品牌#:#Nike#;#货号#:#A-1", "a#:1；2;b:3", "＃：；#;#:#"],
+    "attributes": [
+        "品牌#:#Nike#;#货号#:#A-1",
+        "a#:1；2;b:3",
+        "＃：；#;#:#",
+        '[{"name":"a","value":[1]}]',
+        "a=1<br>b=&amp;",
+    ],
     "result": [
         '{"src_item_id":"a","src_item_emb":"[0.5,1]","tgt_item_id":"b","tgt_item_emb":"[2,-3e-9]","threshold":1.65}\n',
         '\ufeff{"src_item_id":1,"src_item_emb":"[1]","tgt_item_id":"b","tgt_item_emb":"[]","threshold":0}\r\n\n',

@@ -173,6 +173,59 @@ def test_a_missing_label_is_an_error_only_where_it_is_needed(path: Path) -> None
         read_pairs(path)
 
 
+@pytest.mark.parametrize(
+    ("item", "pair"), [("1001.0", "1001"), ('"1001"', "1001.0"), ("1001", "1.001e3"), ("-0.0", "0")]
+)
+def test_ids_as_numbers_meet(path: Path, item: str, pair: str) -> None:
+    path.write_text(f'{{"item_id": {item}}}\n{{"item_id": "b"}}\n')
+    items = read_items(path)
+    path.write_text(f'{{"src_item_id": {pair}, "tgt_item_id": "b", "item_label": 1.0}}\n')
+    assert read_pairs(path, items) == [Pair(next(iter(items)), "b", 1)]
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 2**63 + 1, 2**64 + 1, 10**30 + 1, -(2**70)])
+def test_whole_numbers_of_any_size_keep_every_digit(path: Path, number: int) -> None:
+    for text in (f'{{"item_id": {number}}}', f'[{{"item_id": {number}}}]', f'{{"item_id": {number}, "title": NaN}}'):
+        path.write_text(text)
+        assert list(read_items(path)) == [str(number)]
+    row = json.loads(info_row({"item_id": number, "title": "红"}, "a.jpg"))
+    assert row == {"item_id": number, "title": "红", "item_image_name": "a.jpg"}
+
+
+@pytest.mark.parametrize("number", ["9007199254740993.0", "1e16", "-1.8446744073709552e19"])
+def test_a_float_that_may_be_several_ids_is_refused(path: Path, number: str) -> None:
+    path.write_text(f'{{"item_id": {number}}}')
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: item_id .* beyond 2\^53.*; write the id as text"):
+        read_items(path)
+    path.write_text(f'{{"item_id": "{number}"}}')
+    assert list(read_items(path)) == [number]
+
+
+@pytest.mark.parametrize("value", ["true", "[1]", '{"a": 1}'])
+def test_what_is_no_id_is_refused_and_as_text_taken(path: Path, value: str) -> None:
+    path.write_text(f'{{"item_id": {value}}}')
+    with pytest.raises(UserError, match=r"item_id must be a text, found .*quotation marks"):
+        read_items(path)
+    path.write_text(json.dumps({"item_id": value}))
+    assert list(read_items(path)) == [value]
+
+
+def test_other_numbers_are_their_digits(path: Path) -> None:
+    path.write_text('{"item_id": 1.5, "title": 2024.0, "cate_name": 1e22, "item_pvs": 0.5, "item_image_name": 7.0}')
+    assert read_items(path) == {"1.5": Item("1.5", "2024", "0.5", image_name="7", category="1e+22")}
+
+
+@pytest.mark.parametrize("label", ["0.5", "NaN", '"2"', "1e400"])
+def test_the_advice_on_labels_works(path: Path, label: str) -> None:
+    line = '{"src_item_id": "a", "tgt_item_id": "b", "item_label": %s}\n'
+    path.write_text(line % 1 + line % label)
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: "):
+        read_pairs(path)
+    for mended in (line % 1 + line % 0, line % 1):
+        path.write_text(mended)
+        assert read_pairs(path)
+
+
 def test_an_unknown_item_is_named_with_the_nearest_known(path: Path) -> None:
     path.write_text('{"src_item_id": "item17", "tgt_item_id": "item71x", "item_label": "1"}')
     items = {name: Item(name) for name in ("item17", "item71", "zzz")}

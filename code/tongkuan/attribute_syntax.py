@@ -27,10 +27,14 @@ TAG = re.compile(
 ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 
 # What may stand between attributes, the likeliest first, and between a key and its value.
-SEPARATORS = tuple(map(re.compile, (r"#?;", r"[\r\n]+", "#?；", r"[|｜]", r"\t+", r"(?:\\r)?\\n", "[,，]")))
+SEPARATORS = tuple(
+    map(re.compile, (r"#?;", r"[\r\n]+", "#?；", r"[|｜]", "[,，]", "、", r"\t+", r"(?:\\r)?\\n", "[ \u3000\xa0]+"))
+)
 SIGNS = tuple(map(re.compile, ("#:#|#:|:", "#：#|#：|：", "#:#|#[:：]|[:：]", "[=＝]")))
-GLUES = dict(zip(SEPARATORS[:4], (";", " ", "；", "|"), strict=True))  # where a part without a key is more of a value
-NO_KEY = re.compile(r"[:：;；=＝|｜,，\r\n\t]|^\s*$")  # a key holds no sign of another writing
+GLUES = dict(
+    zip(SEPARATORS[:6], (";", " ", "；", "|", ",", "、"), strict=True)
+)  # where a part without a key is more of a value
+NO_KEY = re.compile(r"[:：;；=＝|｜,，、\r\n\t]|^\s*$")  # a key holds no sign of another writing
 NO_USUAL_KEY = re.compile(r"[=＝\r\n]|^\s*$")  # of `key:value;key:value`
 NOT_A_PAIR = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*://|\d+[:：]\d)")  # an address, a time, a ratio
 
@@ -58,15 +62,15 @@ def plain(text: str) -> str:
 def pairs_of_text(text: str) -> Pairs:
     """(key, value) of an attribute text, plain but not normalised; what has no key is left out.
 
-    The strict writing (`#;#`) wins when present, then JSON. Else one separator is taken for the whole text: the first
-    at which every part has a key. Other signs stay in the values.
+    JSON is taken for what it says, and the strict writing (`#;#`) wins when present. Else one separator is taken for
+    the whole text: the first at which every part has a key. Other signs stay in the values.
     """
+    if found := json_pairs(text):
+        return [(plain(key), plain(value)) for key, value in found]
     if is_strict(text):
         return [
             (plain(key), plain(value)) for part in text.split("#;#") for key, sign, value in [split_key(part)] if sign
         ]
-    if (value := json_in(text)) is not None and (found := [pair for pair in pairs_of_value(value) if pair[0]]):
-        return [(plain(key), plain(value)) for key, value in found]
     return loose_pairs(plain(text))
 
 
@@ -84,17 +88,18 @@ def split_key(segment: str) -> tuple[str, str, str]:
 
 def loose_pairs(text: str) -> Pairs:
     """Pairs of a text whose separators are to be found out."""
-    for separator in SEPARATORS:
-        for sign in SIGNS:
+    signs = [sign for sign in SIGNS if sign.search(text)]
+    separators = [separator for separator in SEPARATORS if signs and separator.search(text)]
+    for separator in separators:
+        for sign in signs:
             if len(found := read_all(text, separator, sign)) > 1:
                 return found
-    glued = (glue(text, separator, sign) for separator in GLUES for sign in SIGNS)
+    glued = [glue(text, separator, sign) for separator in separators if separator in GLUES for sign in signs]
     if found := next((found for found in glued if len(found) > 1), []):
         return found
-    for sign in SIGNS:
+    for sign in signs:
         if pair := read_pair(text.strip().rstrip(";；"), sign):
             return [pair]
-    glued = (glue(text, separator, sign) for separator in GLUES for sign in SIGNS)
     if found := next(filter(None, glued), []):
         return found
     return [(key, value) for key, mark, value in map(split_key, plain_segments(text)) if mark]
@@ -145,6 +150,15 @@ def plain_segments(text: str) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # JSON values
+
+
+def json_pairs(text: str) -> Pairs:
+    """Pairs with keys of a text that is JSON; nothing for other texts, and for values nested too deeply."""
+    value = json_in(text)
+    try:
+        return [] if value is None else [pair for pair in pairs_of_value(value) if pair[0]]
+    except ValueError:
+        return []
 
 
 def json_in(text: str) -> Any:

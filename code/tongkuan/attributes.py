@@ -133,5 +133,5 @@ def keys_to_offer(found: Coverage) -> list[str]:
 
 def yaml_word(word: str) -> str:
     """A text as YAML reads it back within a list: words as they are, all else in quotation marks."""
-    is_word = word.isalpha() and word not in ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+    is_word = word.isalpha() and word.lower() not in ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
     return word if is_word else json.dumps(word, ensure_ascii=False)

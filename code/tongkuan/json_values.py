@@ -22,6 +22,10 @@ class BrokenError(Exception):
         self.line, self.what = line, what
 
 
+class TooLongError(BrokenError):
+    """An object that is too long to be held in memory."""
+
+
 class Readable(Protocol):
     """What objects are read from."""
 
@@ -46,7 +50,7 @@ def objects(file: Readable, limit: int, first_line: int = 1) -> Iterator[tuple[i
             del text[:done]
             at, start = at - done, min(start, 0)
             if len(text) > limit:
-                raise BrokenError(started, f"an object longer than {limit >> 20} MB")
+                raise TooLongError(started, f"an object longer than {limit >> 20} MB")
             if not (block := file.read(BLOCK)):
                 break
             text += block

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from tongkuan.errors import UserError, clip
-from tongkuan.json_values import BrokenError, load, objects, records_within
+from tongkuan.json_values import BrokenError, TooLongError, load, objects, records_within
 from tongkuan.streams import (
     GB18030,
     Stream,
@@ -114,10 +114,10 @@ def check_object(row: Any, path: Path, number: int) -> dict[str, Any]:
 
 def any_rows(stream: Stream, path: Path) -> Rows:
     """Rows of a file in whatever form it has; `stream.kinds` gets what it was taken for."""
-    head = peek(stream.file, HEAD).removeprefix(BOM).lstrip()
+    if peek(stream.file, len(BOM)) == BOM:
+        stream.file.read(len(BOM))
+    head = peek(stream.file, HEAD).lstrip()
     if head[:1] == b"[" and head[1:].lstrip()[:1] in (b"{", b""):
-        if stream.encoding == "utf-8" and head.startswith(BOM):
-            stream.file.read(len(BOM))
         stream.kinds.append(LIST)
         yield from spread_rows(objects(stream.file, MAX_LINE), stream, path)
         return
@@ -129,9 +129,13 @@ def any_rows(stream: Stream, path: Path) -> Rows:
         values, _ = rows_on_line(text)
     except orjson.JSONDecodeError as error:
         if is_utf8(text):
-            if unfit := not_json(path, head.decode("utf-8", "ignore"), stream.encoding):
+            if unfit := not_json(path, head.decode("utf-8", "ignore"), stream.codec):
                 raise UserError(f"{path}: {unfit}") from error
-            if (spread := objects_from(number, text, stream.file)) is not None:
+            try:
+                spread = objects_from(number, text, stream.file)
+            except TooLongError as long:
+                raise too_long(path, long) from error
+            if spread is not None:
                 stream.kinds.append(SPREAD)
                 yield from spread_rows(spread, stream, path)
                 return
@@ -210,6 +214,8 @@ def objects_from(number: int, text: bytes, file: BinaryIO) -> Iterator[tuple[int
     try:
         first = next(found)
         load(first[1])
+    except TooLongError:
+        raise
     except (BrokenError, StopIteration, orjson.JSONDecodeError):
         return None
     return chain([first], found)
@@ -243,11 +249,17 @@ def spread_rows(found: Iterator[tuple[int, bytes]], stream: Stream, path: Path) 
                 found = chain([following], found)
             num_rows += 1
             yield number, exact(row, text)
+    except TooLongError as error:
+        raise too_long(path, error) from error
     except BrokenError as error:
         raise UserError(f"{path}:{error.line}: {error.what}; mend it there, or copy the file again") from error
     except orjson.JSONDecodeError as error:
         detail = str(error).split(": line")[0]
         raise UserError(f"{path}:{number}: the object here is not JSON ({detail}); mend or delete it") from error
+
+
+def too_long(path: Path, error: TooLongError) -> UserError:
+    return UserError(f"{path}:{error.line}: {error.what}; write one record a line")
 
 
 def lines_within(text: bytes, records: list[dict[str, Any]], first_line: int) -> list[int]:

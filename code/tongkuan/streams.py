@@ -52,6 +52,8 @@ class Stream:
 
     file: BinaryIO
     encoding: str = UTF8
+    codec: str = "utf-8-sig"
+    """The name by which Python reads the file, byte order mark and all."""
     kinds: list[str] = field(default_factory=list)
 
 
@@ -84,6 +86,8 @@ def open_stream(path: Path, advice: str, encoding: str | None = None) -> Iterato
             if encoding is None and stream.encoding == UTF8 and not is_utf8(head, is_whole=False) and path.is_file():
                 stream.encoding = GB18030 if is_gb18030(path, gather_evidence(path)) else UTF8
             if stream.encoding != UTF8:
+                is_marked = head.startswith(tuple(mark for mark, _ in MARKS))
+                stream.codec = stream.encoding[:6] if is_marked else stream.encoding
                 recoded = Recoded(stream.file, stream.encoding)
                 stream.file = cast(BinaryIO, io.BufferedReader(recoded, BLOCK))
                 stream.kinds.append(stream.encoding.upper())

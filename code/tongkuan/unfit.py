@@ -40,8 +40,27 @@ def quoted(path: Path) -> str:
 
 
 def in_place(path: Path, tool: str, source: Path | None = None) -> str:
-    """The command line that writes `path` by a tool that reads a file: itself, or `source`."""
-    if source is not None and source != path:
+    """The command line that writes `path` by a tool that reads a file: itself, or `source`.
+
+    What is packed by gzip is to be unpacked first: the tool would not read it.
+    """
+    if is_gzip(path):
+        packed_path, path, tool = path, path.with_name(path.name.removesuffix(".gz")), "gzip -dc <"
+        return f"{in_file(packed_path, path, tool)}  # then run the same verb again"
+    return in_file(source or path, path, tool)
+
+
+def is_gzip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"\x1f\x8b"
+    except OSError:
+        return False
+
+
+def in_file(source: Path, path: Path, tool: str) -> str:
+    """The command line that writes `path` by a tool that reads `source`, which may be the same."""
+    if source != path:
         return f"{tool} {quoted(source)} > {quoted(path)}"
     new = path.with_name(f"{path.name}.new")
     return f"{tool} {quoted(path)} > {quoted(new)} && mv {quoted(new)} {quoted(path)}"
@@ -104,8 +123,8 @@ def not_json(path: Path, head: str, encoding: str) -> str:
         code = FROM_TABLE.format(encoding=encoding, delimiter=delimiter)
         tool = f"python3 -c {shlex.quote(code)}"
         name = {",": "CSV", "\t": "TSV"}.get(delimiter, f"with {clip(delimiter)} between its columns")
-        move = f"mv {quoted(path)} {quoted(table)}"
-        return f"a table ({name}), not JSON lines: {move} && {in_place(path, tool, table)}"
+        move = "" if is_gzip(path) else f"mv {quoted(path)} {quoted(table)} && "
+        return f"a table ({name}), not JSON lines: {move}{in_place(path, tool, table)}"
     return ""
 
 
