@@ -14,12 +14,13 @@ import pytest
 from commands import run_verb
 from hypothesis import example, given
 from hypothesis import strategies as st
-from worlds import make_data, tiny_preset
+from worlds import make_data, tiny_preset, tiny_settings
 
 from tongkuan.__main__ import SCRIPTS, VERBS, main, parser_of
 from tongkuan.command import Real, Whole
 from tongkuan.config import Section, Settings, load_settings
 from tongkuan.errors import UserError, entrypoint, quote
+from tongkuan.model import build, text_config_of
 from tongkuan.options import THRESHOLD
 from tongkuan.records import prediction_row, read_predictions
 
@@ -158,12 +159,31 @@ def test_the_walk_over_settings_finds_them() -> None:
         *("model.image.deviation=[0.2, -0.2, 0.2]", "train.learning_rate=0", "train.augmentation.flip=1.01"),
         *("model.image.size=0", "model.text.max_tokens=-1", "train.steps=1e18", "train.seed=4294967296"),
         *("model.image.arguments={a: [1, {b: .nan}]}", "model.text.config={hidden_dropout_prob: .inf}"),
+        "model.text.config={model_type: bert, num_hidden_layers: -1}",
+        "model.text.config={model_type: bert, hidden_size: 0}",
         *("data.cache_mb=-1", "train.pairs=false", "train.steps=2.5", "model.embedding_size=513"),
     ],
 )
 def test_a_setting_out_of_its_range_is_named(override: str) -> None:
     with pytest.raises(UserError, match="input should"):
         load_settings("demo", [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.text.config={model_type: bert, hidden_size: 10, num_attention_heads: 3}",
+        "model.text.config={model_type: bert, hidden_size: ten}",
+        "model.text.config={model_type: bert, hidden_dropout_prob: 7}",
+        *("model.image.arguments={depths: -1}", "model.image.arguments={dims: [8, 8, 8, -16], depths: [1, 1, 1, 1]}"),
+        "model.image.arguments={no: 1}",
+    ],
+)
+def test_a_network_that_cannot_be_is_one_line_that_names_the_setting(override: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        settings = tiny_settings(tmp_path, override).model
+        build(settings, text_config_of(settings.text, 50), pretrained=True)
+    assert override.partition("=")[0] in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
