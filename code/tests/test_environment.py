@@ -365,7 +365,13 @@ def test_a_rank_that_waits_for_others_answers_a_request_to_stop(
     script = f"{JOINING}\nfrom tongkuan.__main__ import run\nsys.exit(run())"
     group = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", script, *map(str, words)]
-    waiting = subprocess.Popen(command, env=environment() | group, stderr=subprocess.PIPE, text=True)
+    waiting = subprocess.Popen(
+        command,
+        env=environment() | group,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run behind a shell's `&`
+    )
     assert waiting.stderr
     assert f"rank {rank} of WORLD_SIZE=2, as the environment has it: meets rank {1 - rank}" in waiting.stderr.readline()
     assert waiting.stderr.readline() == "joining\n"
