@@ -7,7 +7,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import sys
@@ -19,10 +18,12 @@ import numpy as np
 from PIL import Image
 from turns import in_turn, report
 
+from tongkuan.processor import available_cores
+
 # First, in spawned processes too: `import resize` shall mean the verb's script, not this one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_scripts"))
 SIZE = 384
-CORES = len(os.sched_getaffinity(0))
+CORES = available_cores()
 DISTINCT = 40  # pictures drawn; the others hold the same bytes under other names
 
 

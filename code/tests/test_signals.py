@@ -24,6 +24,8 @@ from tongkuan.checkpoint import Run
 from tongkuan.distributed import Ranks, StopRequests, seconds_of
 from tongkuan.ending import describe
 from tongkuan.errors import UserError
+from tongkuan.group import LOST
+from tongkuan.launch import Fleet
 from tongkuan.model import TwoTowers
 from tongkuan.train import Learner, train
 
@@ -270,6 +272,70 @@ def test_ranks_end_with_their_launcher(data: Path, tmp_path: Path) -> None:
     run = Training(data, tmp_path / "run", *LONG, "--nproc", 2).begun()
     run.process.kill()
     assert run.ended()[0] == -signal.SIGKILL
+
+
+LAST_SAVE_FAILS = """
+import errno, os
+from tongkuan.checkpoint import Run
+def save(self, *_):
+    if os.environ.get("RANK") == "0":
+        raise OSError(errno.ENOSPC, "No space left on device", "last.pt")
+Run.save = save
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_the_last_save_is_told_though_it_was_asked_to_stop(data: Path, tmp_path: Path) -> None:
+    run = Training(data, tmp_path / "run", *LONG, "--nproc", 2, patch=LAST_SAVE_FAILS).begun()
+    run.process.send_signal(signal.SIGTERM)
+    code, said = run.ended(60)
+    assert (code, said.count("\n")) == (1, 1), said
+    assert said.startswith("tongkuan: rank 0: last.pt: No space left on device; files that were there before are whole")
+
+
+def telling(words: str) -> str:
+    """What a rank does to end in these words (its exit code first)."""
+    return f"os.write(int(os.environ['TONGKUAN_TELL']), {words.encode()!r}); os._exit(1)"
+
+
+STOPS, LEFT = "os._exit(143)", telling(f"{LOST} rank 1 lost another one (gloo)")
+ENDS = {  # what each rank does when it is asked to stop; exit code and words of the whole
+    "both stop": (STOPS, STOPS, 143, ""),
+    "before there are handlers": ("signal.pthread_sigmask(signal.SIG_UNBLOCK, [15])", STOPS, 143, ""),
+    "a full disk": (telling("1 last.pt: No space left"), STOPS, 1, "rank 0: last.pt: No space left"),
+    "a full disk, late": (f"time.sleep(0.5); {telling('1 no room')}", STOPS, 1, "rank 0: no room"),
+    "a full disk, and who noticed": (f"time.sleep(0.5); {telling('1 no room')}", LEFT, 1, "rank 0: no room"),
+    "the user's to mend": (telling("2 x.jsonl:3: no"), STOPS, 2, "x.jsonl:3: no"),
+    "who noticed that another stopped": (STOPS, LEFT, 143, ""),
+    "for want of memory": ("os.kill(os.getpid(), 9)", "time.sleep(60)", 1, "rank 0 was ended by SIGKILL"),
+    "nobody reads": ("os._exit(141)", "time.sleep(60)", 141, ""),
+}
+STUB = "import os, signal, time; {}; time.sleep(60)"
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ended_ranks_that_were_asked_to_stop_is_told(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    *doing, code, told = ENDS[name]
+    with Fleet() as fleet:
+        fleet.asked = signal.SIGTERM
+        # They are asked as they start, and inherit what keeps that from ending them before they do anything.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            for rank, what in enumerate(doing):
+                fleet.start(rank, [sys.executable, "-ISc", STUB.format(what)], dict(os.environ))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        assert fleet.watch() == code
+    said = capfd.readouterr().err
+    assert said.startswith(f"tongkuan: {told}") and said.count("\n") == 1 if told else not said
+
+
+def test_a_rank_that_only_lost_another_is_heard_when_nobody_knows_more(capfd: pytest.CaptureFixture[str]) -> None:
+    with Fleet() as fleet:
+        for rank in range(2):
+            fleet.start(rank, [sys.executable, "-ISc", STUB.format(LEFT)], dict(os.environ))
+        assert fleet.watch() == 1
+    assert capfd.readouterr().err == "tongkuan: rank 1 lost another one (gloo)\n"
 
 
 def test_seconds_of_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,6 +388,10 @@ def contradictions(settings: Settings) -> list[str]:
     problems = []
     if settings.train.pairs % settings.train.accumulate:
         problems.append("train.pairs must be a multiple of train.accumulate; change one of them")
+    for key, value in settings.model.text.config.items():
+        is_size = key.startswith("num_") or (key.endswith("_size") and key != "type_vocab_size")  # of which 0 is none
+        if is_size and not (isinstance(value, int) and value >= 1):
+            problems.append(f"model.text.config.{key}: input should be at least 1, found {clip(value)}; change it")
     try:
         orjson.dumps(settings.model_dump(mode="json"))
     except (TypeError, ValueError) as error:  # now rather than when the first model is to be saved

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tongkuan.config import ImageEncoder, ModelSettings, TextEncoder
-from tongkuan.errors import UserError, clip
+from tongkuan.errors import UserError, clip, is_out_of_memory
 from tongkuan.files import check_writable, sync_folder
 
 TOP = Path(__file__).resolve().parents[2]
 WEIGHTS_DIR = TOP / "weights"
+# What transformers, timm and torch raise for sizes and names that no network can have.
+UNFIT = (TypeError, ValueError, ArithmeticError, AssertionError, LookupError, AttributeError, RuntimeError)
 # In the hub's folders beside torch's weights.
 OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite"]
 
@@ -224,14 +226,24 @@ def build_text(settings: TextEncoder, config: Mapping[str, Any], pretrained: boo
     # Its report of unused pooler weights and its own bars would stand among ours.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    resolved = AutoConfig.for_model(**config)
     without_pooler = {"add_pooling_layer": False} if config.get("model_type") in ("bert", "roberta") else {}
-    if kind == "random":
-        return AutoModel.from_config(resolved, trust_remote_code=False, **without_pooler)  # type: ignore[no-any-return]
+    try:
+        resolved = AutoConfig.for_model(**config)
+        if kind == "random":
+            return AutoModel.from_config(resolved, trust_remote_code=False, **without_pooler)  # type: ignore[no-any-return]
+    except UNFIT as error:
+        raise unfit("model.text.config", error) from error
     try:
         return AutoModel.from_pretrained(place, config=resolved, trust_remote_code=False, **without_pooler)  # type: ignore[no-any-return]
     except Exception as error:  # a stranger's weights raise all sorts; a pickle that would run code is refused unrun
         raise unreachable(place, error) from error
+
+
+def unfit(setting: str, error: Exception) -> Exception:
+    """The error to raise when a library cannot build what a setting asks for."""
+    if is_out_of_memory(error):
+        return error
+    return UserError(f"{setting}: no network can be made by them ({clip(str(error), 160)}); change them")
 
 
 def build_image(settings: ImageEncoder, pretrained: bool) -> nn.Module:
@@ -249,9 +261,9 @@ def build_image(settings: ImageEncoder, pretrained: bool) -> nn.Module:
     )
     try:
         encoder: nn.Module = timm.create_model(settings.architecture, num_classes=0, **source, **settings.arguments)
-    except TypeError as error:
-        raise UserError(f"model.image.arguments: {settings.architecture} does not take them ({error})") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, *UNFIT) as error:
+        if kind == "random" or isinstance(error, TypeError):
+            raise unfit(f"model.image.arguments of {settings.architecture}", error) from error
         raise unreachable(place, error) from error
     if kind == "folder":
         load_in_order(encoder, read_tensors(Path(place)), place)
