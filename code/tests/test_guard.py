@@ -404,8 +404,8 @@ def test_an_honest_similarity_has_its_libraries_its_helpers_and_its_files(submit
 
 
 @pytest.mark.slow
-def test_a_similarity_may_use_scipy_and_torch(submit: Path) -> None:
-    code = "import scipy.spatial, sklearn.linear_model, torch\ndef compute(a, b): return float(torch.tensor(b).sum())"
+def test_a_similarity_may_use_scipy_and_scikit_learn(submit: Path) -> None:
+    code = "import scipy.spatial.distance as d, sklearn.linear_model\ndef compute(a, b): return d.cityblock([0, 0], b)"
     (submit / "similarity.py").write_text(code, encoding="utf-8")
     assert judged(submit, submit.parent / "answers.jsonl").scores == pytest.approx(3.0)
 
@@ -422,6 +422,30 @@ def test_answers_in_the_folder_itself_are_kept_from_it_and_the_rest_is_not(submi
     found = judged(submit, answers)
     assert found.scores == pytest.approx(1.0)
     assert found.notes == [f"similarity.py tried to open {str(submit / 'answers.jsonl')!r} (denied)"] or not is_guarded
+
+
+def test_answers_from_a_pipe_hide_nothing_else(submit: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, (submit.parent / "answers.jsonl").read_bytes())
+    os.close(writing)
+    (submit / "plain.txt").write_text("1")
+    code = "x = float(open(__file__.replace('similarity.py', 'plain.txt')).read())\ndef compute(a, b): return x"
+    (submit / "similarity.py").write_text(code, encoding="utf-8")
+    try:
+        assert judged(submit, Path(f"/dev/fd/{reading}")).scores == pytest.approx(1.0)
+    finally:
+        os.close(reading)
+
+
+def test_of_a_crowded_folder_modules_come_first_and_it_is_said_where_it_ends(
+    submit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "MAX_FILES", 3)
+    for name in ("1.txt", "2.txt", "zz.py"):
+        (submit / name).write_text("x = 1.0")
+    (submit / "similarity.py").write_text("import zz\ndef compute(a, b): return zz.x", encoding="utf-8")
+    found = judged(submit, submit.parent / "answers.jsonl")
+    assert found.scores == pytest.approx(1.0) and "could read 3 of the files here, not more" in found.notes[-1]
 
 
 def test_deeds_of_all_kinds_are_refused_and_said_and_what_is_caught_costs_nothing(submit: Path) -> None:
@@ -465,7 +489,7 @@ def compute(a, b): return 1.0
 
 def test_a_start_takes_less_than_a_second(submit: Path) -> None:
     (submit / "similarity.py").write_text("def compute(a, b): return 1.0", encoding="utf-8")
-    for number in range(900):
+    for number in range(300):
         (submit / f"{number}.txt").touch()
     seconds = []
     for _ in range(3):
@@ -483,7 +507,7 @@ def test_what_it_tried_and_what_the_kernel_lacks_stands_in_the_output_and_on_the
     path, names = world.submit / "similarity.py", ("/proc/1/<script>", "/proc/1/stat")
     tried = "".join(f"try: open({name!r})\nexcept OSError: pass\n" for name in names)
     path.write_text(tried + path.read_text(encoding="utf-8"), encoding="utf-8")
-    lacking = "it cannot keep similarity.py from reading files, and it may have seen the answers"
+    lacking = "this kernel cannot keep similarity.py from reading files, so it may have seen the answers"
     score(world.submit, world.pairs)
     out = capsys.readouterr().out
     assert "tried to open '/proc/*/<script>' (not there), to open '/proc/*/stat' (denied)\n" in out and lacking in out

@@ -3,6 +3,7 @@
 `guard_process.py` says what the kernel and Python keep it from. Here stand what it may read, its bounds, and its end.
 """
 
+import itertools
 import json
 import os
 import stat
@@ -32,9 +33,11 @@ MAX_FILES = 1000  # of its folder that it may read
 HEAD = 1 << 16  # bytes of a file in which a label shows
 
 # Beside Python's own folders: shared libraries, time zones, languages, and devices that hold nothing.
-SYSTEM = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/localtime")
-SYSTEM += ("/usr/share/zoneinfo", "/usr/share/locale", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-DRAWINGS = (".html", ".svg", ".png")  # what `report` and `plot` make of labels
+SYSTEM = (
+    *("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/localtime"),
+    *("/usr/share/zoneinfo", "/usr/share/locale", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"),
+)
+DRAWINGS = (".html", ".svg", ".png", ".part")  # what `report` and `plot` make of labels, half-written too
 
 
 def run_similarity(submit_dir: Path, count: int, answers: Path) -> tuple[Scores, list[str]]:
@@ -55,13 +58,15 @@ def run_similarity(submit_dir: Path, count: int, answers: Path) -> tuple[Scores,
         tempfile.TemporaryFile() as rules,
     ):
         # By descriptor, as the rows: a stranger must not learn where the answers lie from the command line.
-        allowed = {**readable(submit_dir, answers, Path(folder)), "landlock": landlock, "filter": is_filtered}
-        rules.write(json.dumps(allowed).encode())
+        allowed = readable(submit_dir, answers, Path(folder))
+        rules.write(json.dumps({**allowed, "landlock": landlock, "filter": is_filtered}).encode())
         rules.seek(0)
         files = [file.fileno() for file in (rows, out, complaint, tried, rules)]
         command = [sys.executable, "-IB", guard_process.__file__, str(similarity.resolve())]
         code = run_bounded([*command, *map(str, (*files, seconds, MEMORY, size))], files, Path(folder), seconds)
         notes = describe(tried, landlock, is_filtered)
+        if len(allowed["files"]) > MAX_FILES:
+            notes.append(f"{submit_dir}: similarity.py could read {MAX_FILES:,} of the files here, not more")
         if code is None:
             raise UserError(f"{similarity}: not done after {seconds} s; make compute faster")
         if code:
@@ -90,8 +95,8 @@ def opened(path: Path) -> IO[bytes]:
 # What may be read
 
 
-def readable(submit_dir: Path, answers: Path, folder: Path) -> dict[str, object]:
-    """The rules of guard_process.py: what is readable, what can be listed, and the folder of modules."""
+def readable(submit_dir: Path, answers: Path, folder: Path) -> dict[str, list[str]]:
+    """The rules of guard_process.py: places that are read with all in them, files, and its folder, to be listed."""
     own, hidden = submit_dir.resolve(), answers.resolve()
     prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     places = [*SYSTEM, *(str(Path(prefix, name)) for prefix in sorted(prefixes) for name in ("lib", "lib64"))]
@@ -100,9 +105,9 @@ def readable(submit_dir: Path, answers: Path, folder: Path) -> dict[str, object]
         if Path(place).is_absolute() and not any(path.is_relative_to(Path(place).resolve()) for path in (own, hidden)):
             places.append(place)
     found = [part for place in dict.fromkeys(places) for part in around(Path(place), hidden)]
-    files = [str(path) for path in own_files(own, hidden)]
+    files = list(map(str, itertools.islice(own_files(own, hidden), MAX_FILES)))
     similarity = str((submit_dir / "similarity.py").resolve())
-    return {"readable": [*found, similarity, str(folder), *files], "listable": [str(own)], "folder": str(own)}
+    return {"places": [*found, str(folder)], "files": [similarity, *files], "listable": [str(own)]}
 
 
 def around(place: Path, hidden: Path) -> Iterator[str]:
@@ -116,15 +121,11 @@ def around(place: Path, hidden: Path) -> Iterator[str]:
 
 
 def own_files(own: Path, hidden: Path) -> Iterator[Path]:
-    """Files in a similarity.py's folder and below, at most MAX_FILES, but no links and none that holds labels."""
-    number = 0
-    for place, names, files in os.walk(own):
-        names.sort()
-        for name in sorted(files):
+    """Files in a similarity.py's folder and below, modules first, but no links and none that holds labels."""
+    for place, folders, names in os.walk(own):
+        folders.sort()
+        for name in sorted(names, key=lambda name: (not name.endswith(".py"), name)):
             path = Path(place, name)
-            number += 1
-            if number > MAX_FILES:
-                return
             with suppress(OSError):
                 if stat.S_ISREG(path.lstat().st_mode) and not holds_labels(path, hidden):
                     yield path
@@ -134,11 +135,12 @@ def holds_labels(path: Path, hidden: Path) -> bool:
     """Whether a file is the answers, under this name or another, or was made of labels."""
     if path.suffix in DRAWINGS:
         return True
-    facts, others = path.stat(), hidden.stat()
-    if os.path.samestat(facts, others):
-        return True
-    if stat.S_ISREG(others.st_mode) and facts.st_size == others.st_size and sha256_of(path) == sha256_of(hidden):
-        return True
+    if hidden.is_file():  # and no pipe, which has been read
+        facts, others = path.stat(), hidden.stat()
+        if os.path.samestat(facts, others):
+            return True
+        if facts.st_size == others.st_size and sha256_of(path) == sha256_of(hidden):
+            return True
     with path.open("rb") as file:
         return path.suffix != ".py" and b"item_label" in file.read(HEAD)
 
@@ -165,8 +167,8 @@ def describe(tried: IO[bytes], landlock: int, is_filtered: bool) -> list[str]:
         notes.append(f"similarity.py tried to {', to '.join(deeds[:SHOWN_NOTES])}{more}")
     if not landlock:
         notes.append(
-            "this kernel has no Landlock: it cannot keep similarity.py from reading files, and it may have seen the "
-            "answers; score a stranger's on Linux 5.13 or newer"
+            "this kernel cannot keep similarity.py from reading files, so it may have seen the answers: Landlock is "
+            "missing (Linux before 5.13) or forbidden here"
         )
     lacking = [
         what

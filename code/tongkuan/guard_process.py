@@ -291,11 +291,12 @@ def main(similarity: str, numbers: Sequence[int]) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         try:
             limit(seconds, memory, size)
-            watch = Watch(notes, rules["readable"], rules["listable"])
+            readable, listable = [*rules["places"], *rules["files"]], rules["listable"]
+            watch = Watch(notes, readable, listable)
             # Its own folder first, as a program's is, and no folder that an installation elsewhere has added.
-            sys.path[:] = [rules["folder"], *(path for path in sys.path if watch.may_read(os.path.realpath(path)))]
+            sys.path[:] = [*listable, *(path for path in sys.path if watch.may_read(os.path.realpath(path)))]
             if rules["landlock"]:
-                restrict(rules["landlock"], rules["readable"], rules["listable"])
+                restrict(rules["landlock"], readable, listable)
             if rules["filter"]:
                 filter_calls()
             sys.addaudithook(watch)
