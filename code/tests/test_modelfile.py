@@ -1,8 +1,13 @@
 """Files that are no model of ours, or whose card is not as we write it, are one line; and what it says to do, works."""
 
+import bz2
+import gzip
+import lzma
 import shlex
 import shutil
 import warnings
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +210,32 @@ def test_other_programs_weights_and_folders_are_told_apart(
 def test_what_is_nothing_known_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model").write_bytes(content)
     assert "copy it again or train anew" in one_line(tmp_path / "model")
+
+
+@pytest.mark.parametrize("form", ["zip", "gz", "xz", "bz2"])
+def test_a_packed_file_is_told_so_and_unpacked_is_taken(
+    model: Path, release: Release, tmp_path: Path, form: str
+) -> None:
+    for source in (model, release.path):
+        path = tmp_path / f"{source.name}.{form}"
+        if form == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.write(source, source.name)
+        else:
+            path.write_bytes({"gz": gzip, "xz": lzma, "bz2": bz2}[form].compress(source.read_bytes()))
+        for words in (
+            ("evaluate", "--data", tmp_path, "--model", path),
+            replace(release, path=path).words(tmp_path / "m"),
+        ):
+            assert error_of(*words) == f"{path}: a packed file; unpack it and name the weights in it"
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_pointer_of_git_lfs_is_told_so(release: Release, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert one_line(path).endswith("a Git LFS pointer, not the weights themselves; fetch them: git lfs pull")
+    assert "git lfs pull" in error_of(*replace(release, path=path).words(tmp_path / "m"))
 
 
 def test_nothing_in_a_torch_file_is_looked_at_to_say_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pickle
 import shlex
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,14 @@ from tongkuan.wrappings import ROOTS
 
 FORMAT = "tongkuan-1"
 MODEL_KEY = "tongkuan"  # of a model file's metadata
+PACKED = (
+    b"\x1f\x8b",
+    b"\xfd7zXZ",
+    b"7z\xbc\xaf",
+    b"Rar!",
+    b"BZh",
+    b"\x28\xb5\x2f\xfd",
+)  # gzip, xz, 7z, rar, bzip2, zstd
 OURS = "name a file that ./entrypoint.sh train made"
 CARD_FIELDS: dict[str, Any] = {
     "format": str,
@@ -106,6 +115,8 @@ def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
         if path.is_dir():
             raise UserError(f"{path}: a folder, no model; {folder_advice(path)}")
         raise missing(path, "no such model; run ./entrypoint.sh train, or name one with --model")
+    if told := packing(path):
+        raise UserError(f"{path}: {told}")
     if (kind := kind_of(path)) in ("archive", "pickle"):
         raise UserError(f"{path}: {torch_file_advice(path)}")
     try:
@@ -181,6 +192,19 @@ def kind_of(path: Path) -> Literal["safetensors", "archive", "pickle", "other"]:
     if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and len(start) > 1:
         return "pickle"
     return "safetensors" if start[8:] == b"{" else "other"
+
+
+def packing(path: Path) -> str:
+    """What to do first with a file that only stands for weights or packs them; empty for any other file."""
+    with path.open("rb") as file:
+        start = file.read(24)
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights themselves; fetch them: git lfs pull"
+    is_packed = start.startswith(PACKED)
+    if start[:4] == b"PK\x03\x04":
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # a damaged one is named by its reader
+            is_packed = not any(name.endswith("data.pkl") for name in archive.namelist())
+    return "a packed file; unpack it and name the weights in it" if is_packed else ""
 
 
 def torch_file_advice(path: Path) -> str:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
-from tongkuan.checkpoint import MODEL_KEY, ModelCard, kind_of, stream_model
+from tongkuan.checkpoint import MODEL_KEY, ModelCard, kind_of, packing, stream_model
 from tongkuan.config import ModelSettings, TextEncoder, load_settings
 from tongkuan.data import build_tokenizer
 from tongkuan.errors import UserError, entrypoint, missing
@@ -122,6 +122,8 @@ def read_params(path: Path, shown: Path) -> tuple[dict[str, Tensor], str]:
 def read_content(path: Path, shown: Path) -> object:
     """What a torch file or a safetensors file holds, tensors mapped from it."""
     try:
+        if told := packing(path):
+            raise UserError(f"{shown}: {told}")
         kind = kind_of(path)
         if kind == "safetensors":
             quoted = shlex.quote(str(shown))
