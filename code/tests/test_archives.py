@@ -85,6 +85,7 @@ def test_an_unpacked_inner_archive_is_read_by_other_processes_and_leaves_no_file
         (flagged(plain("a.jpg", "b.jpg"), 1), "encrypted"),
         (in_zip({"deep.zip": plain("a.jpg")}), "an archive in an archive in an archive"),
     ],
+    ids=["page", "end lost", "start lost", "encrypted", "deep"],  # the bytes hold the time
 )
 def test_an_inner_archive_that_cannot_be_read_is_named(tmp_path: Path, inner: bytes, detail: str) -> None:
     put(tmp_path, in_zip({"in.zip": inner, "ok.jpg": b"ok"}))
