@@ -27,6 +27,7 @@ TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels"
 # the full decode is then at most 0.92 grey levels, on white noise; 0.45 on noisy shapes. At 2 times noise is 3.6 off.
 ROOM = 4
 QUALITY = 95  # of the JPEGs that resize makes, stored without halving the colours' resolution
+PLAIN = {"jfif", "jfif_version", "jfif_unit", "jfif_density"}  # what Pillow tells of them
 SIDE = 384  # pixels of such a JPEG unless resize is told otherwise
 ENOUGH_ROWS = 0.5  # a truncated picture is kept when at least this share of its rows was decoded
 
@@ -251,7 +252,7 @@ def is_prepared(image: Image.Image) -> bool:
         and image.format == "JPEG"  # MPO is a JPEG too
         and image.width == image.height
         and image.mode == "RGB"
-        and not image.info.keys() & {"exif", "icc_profile"}
+        and image.info.keys() <= PLAIN
         and image.quantization == prepared_tables()
         and [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
     )
