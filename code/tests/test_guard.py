@@ -85,7 +85,7 @@ LOOKS = {
     ),
     "in command lines by number": (
         """
-    for number in range(os.getpid() - 500, os.getpid()):
+    for number in range(max(1, os.getpid() - 500), os.getpid()):
         try:
             words = open(f"/proc/{number}/cmdline").read().split("\\0")
         except OSError:

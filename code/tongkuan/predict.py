@@ -56,7 +56,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class Predicted:
     """What there is to write of a split: rows, the manifest less the hashes of outputs, and lines for the user."""
 
     rows: Rows
@@ -105,7 +105,7 @@ def compute(
     precision: Precision,
     threshold: float | None,
     cache_dir: Path | None = None,
-) -> Prediction | None:
+) -> Predicted | None:
     """Encode the items of a split's pairs on all ranks; None on all but the first. Writes nothing but the cache."""
     model, card = load_model(model_path)
     items_path, pairs_path = given(item_file(data_dir, split)), given(pair_file(data_dir, split))
@@ -135,7 +135,7 @@ def compute(
     }
     inputs = {"model": model_path, "items": items_path, "pairs": pairs_path}
     notes = [*store.coverage(), *filter(None, [store.complaint()])]
-    return Prediction(rows, manifest_of(inputs, facts, card, fellows), notes)
+    return Predicted(rows, manifest_of(inputs, facts, card, fellows), notes)
 
 
 def format_rows(pairs: Sequence[Pair], embeddings: Mapping[str, Embeddings], threshold: float) -> Rows:
