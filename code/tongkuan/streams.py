@@ -28,7 +28,12 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 # JSON begins with two ASCII characters: where their zeros stand tells the width and the order.
-ZEROS = {(0, 1, 1, 1): "utf-32-le", (1, 1, 1, 0): "utf-32-be", (0, 1, 0, 1): "utf-16-le", (1, 0, 1, 0): "utf-16-be"}
+ZEROS: dict[tuple[int, ...], str] = {
+    (0, 1, 1, 1): "utf-32-le",
+    (1, 1, 1, 0): "utf-32-be",
+    (0, 1, 0, 1): "utf-16-le",
+    (1, 0, 1, 0): "utf-16-be",
+}
 CODECS = {  # names that iconv knows, and Python's
     GB18030: GB18030,
     "big5": "big5",
@@ -132,7 +137,7 @@ def peek(file: BinaryIO, size: int) -> bytes:
 def encoding_of(head: bytes) -> str:
     """By a byte order mark, or by where zeros stand; UTF-8 else."""
     marked = next((name for mark, name in MARKS if head.startswith(mark)), "")
-    return marked or ZEROS.get(tuple(int(byte == 0) for byte in head[:4]), UTF8)  # type: ignore[call-overload]
+    return marked or ZEROS.get(tuple(int(byte == 0) for byte in head[:4]), UTF8)
 
 
 class Recoded(io.RawIOBase):
