@@ -1,5 +1,6 @@
 """What is lost of attributes is said once, with what to type: by resize, train, predict, plans and attributes."""
 
+import gzip
 import json
 import re
 import shlex
@@ -16,7 +17,8 @@ from worlds import make_data, tiny_preset
 from tongkuan.__main__ import main
 from tongkuan.attributes import TEN_KEYS, count_coverage, coverage_lines, item_text, yaml_word
 from tongkuan.config import apply_override, load_settings
-from tongkuan.records import Item
+from tongkuan.records import Item, read_items, read_pairs
+from tongkuan.report.result import find_items
 
 ENGLISH = "Brand#:#Acme#;#Color#:#Red#;#Screen Size#:#XL#;#No#:#1"
 
@@ -146,3 +148,15 @@ def test_resize_and_attributes_say_it_once(english: Path, tmp_path: Path, capsys
     )
     assert said(capsys.readouterr().out) == (1, 1, 1)
     assert said(ok(run_verb("attributes", "--data", tmp_path / "out"))) == (0, 1, 1)
+
+
+def test_every_reader_sees_packed_files(english: Path, model: Path, tmp_path: Path) -> None:
+    for path in english.glob("item_*.jsonl"):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    submit = tmp_path / "s"
+    main(["predict", "--data", str(english), "--model", str(model), "--submit", str(submit), "--split", "valid"])
+    main(["verify", "--data", str(english), "--model", str(model), "--submit", str(submit)])
+    pairs = english / "item_valid_pair.jsonl"
+    assert find_items(english, read_pairs(pairs), {}).keys() <= read_items(english / "item_valid_info.jsonl").keys()
+    assert load_script("attributes").main(["--data", str(english)]) == 0

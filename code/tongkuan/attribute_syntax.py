@@ -288,7 +288,8 @@ def canonical(pairs: Sequence[tuple[str, str]]) -> str:
     """
     pieces = []
     for key, value in pairs:
-        value = without_hashes(value, ";") if "#;#" in f"#{value}#" else value
+        if "#;#" in f"#{value}#":
+            value = f" {without_hashes(value, ';')}"  # the blank keeps a `;` apart from the sign before it
         if not key.strip():
             pieces.append(f"{without_hashes(value.replace('：', ':'), ':', ' ')}#;#")
             continue

@@ -101,7 +101,7 @@ def load(text: bytes) -> tuple[Any, bool]:
             raise
         try:
             value = json.loads(text, parse_constant=lambda _: None)
-            orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)  # Python's reader lets lone surrogates pass
+            json.dumps(value, ensure_ascii=False).encode()  # Python's reader lets lone surrogates pass
         except (ValueError, TypeError, RecursionError):
             raise error from None
         return value, True
