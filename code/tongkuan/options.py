@@ -139,7 +139,7 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "the model")
     add_threshold(parser)
     add_precision(parser)
-    grid = Whole(1, 64)
+    grid = Whole(1, 4096)  # at most the pixels of a picture, which the model knows
     parser.add_argument("--grid", type=grid, default=8, metavar="N", help="N x N patches of a picture (default 8)")
     parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"the page (default {out})")
 
