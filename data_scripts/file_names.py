@@ -17,13 +17,15 @@ def decode_names(names: Sequence[tuple[bytes, str | None]], marks: AbstractSet[s
     unknown = [raw for raw, text in names if text is None and not raw.isascii()]
     if not unknown:
         return [text if text is not None else raw.decode("ascii") for raw, text in names]
-    tables = {encoding: decode_all(unknown, encoding) for encoding in ENCODINGS}
-    found = {
-        encoding: {raw for raw, text in table.items() if not marks.isdisjoint(marks_of(text))}
-        for encoding, table in tables.items()
-    }
     count = len(set(unknown))
-    ranked = sorted(ENCODINGS, key=lambda encoding: (-len(found[encoding]), len(tables[encoding]) < count))
+    tables: dict[str, dict[bytes, str]] = {}
+    found: dict[str, set[bytes]] = {}
+    for encoding in ENCODINGS:
+        tables[encoding] = decode_all(unknown, encoding)
+        found[encoding] = {raw for raw, text in tables[encoding].items() if not marks.isdisjoint(marks_of(text))}
+        if len(found[encoding]) == count:
+            break
+    ranked = sorted(tables, key=lambda encoding: (-len(found[encoding]), len(tables[encoding]) < count))
 
     def text_of(raw: bytes) -> str:
         fitting = [encoding for encoding in ranked if raw in found[encoding]]

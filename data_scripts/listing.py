@@ -1,6 +1,5 @@
 """Every file of a folder or an archive, and of the archives inside: what it is called and how it is read."""
 
-import dataclasses
 import io
 import os
 import shutil
@@ -22,6 +21,7 @@ MAX_INNER = 10_000  # archives inside archives
 # What those may unpack to, all together; pictures are packed already, so honest ones grow little.
 MAX_SPOOL_RATIO = 50  # times the size of the files that they lie in,
 MAX_SPOOL_BYTES = 1 << 30  # or this if it is more
+USUAL = (".jpg", ".jpeg", ".png", ".webp")  # told from archives at a glance
 MAX_NOTES = 5  # of a kind; the ledger names all that is lost
 
 
@@ -206,7 +206,7 @@ class Listing:
         try:
             archive, start, size = self.unpacked(place, key)
             with Joined(self.archives[archive], start, size) as joined, io.BufferedReader(joined) as file:
-                entries = [dataclasses.replace(entry, start=entry.start + start) for entry in read_table(file)]
+                entries = [entry._replace(start=entry.start + start) for entry in read_table(file)]
         except DamagedError as error:
             raise self.trouble(place, f"not a whole zip archive ({error})") from error
         self.add_entries(place, archive, entries)
@@ -280,7 +280,7 @@ def group(folder: str, files: list[tuple[str, Key]]) -> Iterator[tuple[str, Key 
 
 def is_archive(path: str, key: Key | Group) -> bool:
     """Whether a file is an archive, by its name alone."""
-    if isinstance(key, Packed):
+    if isinstance(key, Packed) and not path.endswith(USUAL):
         name = path.replace("\\", "/").rpartition("/")[2]
         return name.casefold().endswith(".zip") or is_part(name) or OTHER.fullmatch(name) is not None
     return isinstance(key, tuple)

@@ -11,8 +11,8 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
 
 TURN = 1 << 32
 PIECE = 1 << 20  # bytes unpacked at a time, at most
@@ -42,8 +42,7 @@ class End:
     table_start: int  # from the start of its disk
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One file of an archive. `text` is its name where the archive itself says which letters `name` stands for."""
 
     name: bytes
@@ -95,10 +94,10 @@ def read_table(file: BinaryIO, disks: Sequence[int] = (0,)) -> list[Entry]:
     `disks` says where each disk of a spanned archive starts in `file`.
     """
     end = read_end(file)
-    if end.disk != len(disks) - 1 or end.table_disk > end.disk:
+    if end.disk != len(disks) - 1:
         raise DamagedError(f"is one of {end.disk + 1} parts")
     shift = 0
-    start = disks[end.table_disk] + end.table_start
+    start = disks[min(end.table_disk, end.disk)] + end.table_start
     if len(disks) == 1:
         start = end.place - end.table_size
         shift = start - end.table_start
@@ -116,7 +115,7 @@ def read_table(file: BinaryIO, disks: Sequence[int] = (0,)) -> list[Entry]:
     for entry in parse_table(table, disks):
         turns += entry.start < last
         last = entry.start
-        entries.append(replace(entry, start=entry.start + turns * TURN))
+        entries.append(entry._replace(start=entry.start + turns * TURN))
     return entries
 
 
@@ -128,26 +127,29 @@ def parse_table(table: bytes, disks: Sequence[int]) -> Iterator[Entry]:
             raise DamagedError("has a damaged table of contents")
         if (count := count + 1) > MAX_ENTRIES:
             raise DamagedError(f"has more than {MAX_ENTRIES:,} entries")
-        _, _, _, flags, method, _, _, crc, packed, size, *lengths, disk, _, _, start = CENTRAL.unpack_from(table, place)
-        place += CENTRAL.size
-        name, extra, _ = (table[place + sum(lengths[:n]) : place + sum(lengths[: n + 1])] for n in range(3))
-        place += sum(lengths)
-        fields = parse_extra(extra)
-        size, packed, start, disk = widen(fields.get(0x0001, b""), size, packed, start, disk)
-        if disk >= len(disks):
-            raise DamagedError("has an entry in a part that there is none of")
+        numbers = CENTRAL.unpack_from(table, place)
+        flags, method, crc, packed, size = *numbers[3:5], *numbers[7:10]
+        disk, start = numbers[13], numbers[16]
+        name_end = place + CENTRAL.size + numbers[10]
+        extra_end = name_end + numbers[11]
+        name, fields = table[place + CENTRAL.size : name_end], parse_extra(table[name_end:extra_end])
+        place = extra_end + numbers[12]
+        if 0x0001 in fields:
+            size, packed, start, disk = widen(fields[0x0001], size, packed, start, disk)
         name = name.split(b"\0")[0]
         if not name.endswith(b"/") and (size or not name.endswith(b"\\")):  # letters of Big5 and GBK end in one too
-            yield Entry(name, text_of(name, flags, fields), disks[disk] + start, packed, size, crc, method, flags)
+            where = disks[disk if disk < len(disks) else 0] + start
+            yield Entry(name, text_of(name, flags, fields), where, packed, size, crc, method, flags)
 
 
 def parse_extra(extra: bytes) -> dict[int, bytes]:
     """An entry's extra fields by number; what is cut is left out."""
     fields: dict[int, bytes] = {}
-    while len(extra) >= 4:
-        number, length = struct.unpack_from("<2H", extra)
-        fields.setdefault(number, extra[4 : 4 + length])
-        extra = extra[4 + length :]
+    place = 0
+    while place + 4 <= len(extra):
+        number, length = struct.unpack_from("<2H", extra, place)
+        fields.setdefault(number, extra[place + 4 : place + 4 + length])
+        place += 4 + length
     return fields
 
 
@@ -192,11 +194,15 @@ def unpack(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
     if entry.trouble:
         raise DamagedError(entry.trouble)
     file.seek(data_start(file, entry))
-    crc = 0
+    crc = size = 0
     try:
-        for piece in pieces(file, entry):
+        for piece in pieces(file, entry) if entry.size else ():
+            piece = piece[: entry.size - size]
+            size += len(piece)
             crc = zlib.crc32(piece, crc)
             yield piece
+            if size == entry.size:
+                break
     except (zlib.error, lzma.LZMAError, OSError, EOFError, struct.error) as error:
         raise DamagedError(" ".join(str(error).split())) from error
     if crc != entry.crc:
