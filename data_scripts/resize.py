@@ -199,7 +199,7 @@ def clear_earlier(data_dir: Path, splits: Iterable[str], has_answers: bool) -> N
 
 
 def check_folders(raw_dir: Path, data_dir: Path) -> None:
-    """Raise UserError if this would write over what it reads, or over item files and pictures that it did not make."""
+    """Raise UserError if this would write over what it reads, or over item files that it did not make."""
     inputs = [raw_dir, *(raw_dir / f"item_{split}_images" for split in SPLITS)]
     for folder in (data_dir, data_dir / HANDED_OUT, data_dir / "images"):
         check_apart(folder, *inputs)
@@ -209,11 +209,15 @@ def check_folders(raw_dir: Path, data_dir: Path) -> None:
     for folder in (data_dir, data_dir / HANDED_OUT, data_dir / "images"):
         if folder.is_dir():
             check_writable(folder)
-    if (data_dir / LEDGER).exists() or (data_dir / UNDER_WAY).exists():
-        return
     folders = (data_dir, data_dir / HANDED_OUT)
     files = [place(folder, split) for folder in folders for split in SPLITS for place in (item_file, pair_file)]
-    files += [data_dir / ANSWERS, *itertools.islice((data_dir / "images").glob("[!.]*"), 1)]
+    check_own(data_dir, [*files, data_dir / ANSWERS])
+
+
+def check_own(data_dir: Path, files: Iterable[Path]) -> None:
+    """Raise UserError if one of the files is there and no earlier run of ours made this folder."""
+    if (data_dir / LEDGER).exists() or (data_dir / UNDER_WAY).exists():
+        return
     if theirs := next((path for path in files if path.exists()), None):
         raise UserError(f"{theirs}: not made by resize, which would write over it; name another folder with --data")
 
@@ -260,10 +264,11 @@ def resize(raw_dir: Path, data_dir: Path, size: int, workers: int) -> str:
     matches = Matches({split: record.items.values() for split, record in records.items()}, pictures, digests)
     check_readable(raw_dir, records, sources, matches, size)
     images = data_dir / "images"
+    assign_names(pictures, digests)
+    check_own(data_dir, (images / picture.image for picture in pictures))
     for folder in (data_dir, images, *([data_dir / HANDED_OUT] if present.keys() - {"test"} else [])):
         check_writable(folder)
     clear_earlier(data_dir, present, bool(answer_pairs))
-    assign_names(pictures, digests)
     convert_all(pictures, sources, images, size, workers)
     links = link_pictures(records, matches)
     links.mark()

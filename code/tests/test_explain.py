@@ -163,7 +163,8 @@ def test_without_a_pair_it_is_the_first_of_the_split_with_its_label(data: Path, 
     ("more", "line"),
     [
         (("--pair", A, "test-0-00"), "no item 'test-0-00' (did you mean 'test-0-0'?)"),
-        (("--grid", "0"), "name a number of patches from 1 to 32"),
+        (("--grid", "0"), "argument --grid: '0' is no whole number from 1 to 4,096"),
+        (("--grid", "33"), "name a number of patches from 1 to 32"),
         (("--out", "page.pdf"), "let --out end in .html"),
     ],
 )

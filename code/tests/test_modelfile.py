@@ -190,7 +190,7 @@ def test_other_programs_weights_and_folders_are_told_apart(
 ) -> None:
     save_file({"layers.0.weight": torch.ones(2)}, tmp_path / "timm.safetensors", {"format": "pt"})
     line = one_line(tmp_path / "timm.safetensors")
-    assert "weights, but no model of ours; train with it as an encoder" in line and str(tmp_path) in line
+    assert "weights, but not a model of ours; train with it as an encoder" in line and str(tmp_path) in line
     assert "name a file that ./entrypoint.sh train made" in one_line(release.encoder)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -241,4 +241,4 @@ def test_a_pointer_of_git_lfs_is_told_so(release: Release, tmp_path: Path) -> No
 def test_nothing_in_a_torch_file_is_looked_at_to_say_so(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"PK\x03\x04" + b"x" * 100)
     with warnings.catch_warnings(action="error"):
-        assert "a torch checkpoint, no model of ours" in one_line(tmp_path / "model.pt")
+        assert "a torch checkpoint, not a model of ours" in one_line(tmp_path / "model.pt")

@@ -123,7 +123,7 @@ def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
         with safe_open(path, framework="pt") as file:
             names, metadata = file.keys(), file.metadata() or {}
             if MODEL_KEY not in metadata:
-                raise UserError(f"{path}: weights, but no model of ours; {foreign_advice(path, names)}")
+                raise UserError(f"{path}: weights, but not a model of ours; {foreign_advice(path, names)}")
             card = parse_card(path, metadata)
             state = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
@@ -131,8 +131,6 @@ def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
         raise UserError(f"{path}: {what} ({error}); copy it again or train anew") from error
     try:
         model = build(card.settings, card.text_config, pretrained=False)
-    except UserError:
-        raise
     except Exception as error:  # of a configuration that is none, transformers and timm raise all sorts
         reason = clip(str(error).strip().partition("\n")[0], 120)
         raise UserError(f"{path}: no network can be built of what it says of itself ({reason}); {OURS}") from error
@@ -180,7 +178,7 @@ def parse_card(path: Path, metadata: Mapping[str, str]) -> ModelCard:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that are no model of ours
+# Files that are not models of ours
 
 
 def kind_of(path: Path) -> Literal["safetensors", "archive", "pickle", "other"]:
@@ -211,7 +209,7 @@ def torch_file_advice(path: Path) -> str:
     """What a torch file is, and how to get a model of it."""
     if path.name in ("last.pt", "previous.pt") and (best := path.with_name("best.safetensors")).is_file():
         return f"a state to go on training from, no model; name {shlex.quote(str(best))}, its best model"
-    return f"a torch checkpoint, no model of ours; make one of it: {import_command(path)}"
+    return f"a torch checkpoint, not a model of ours; make one of it: {import_command(path)}"
 
 
 def import_command(path: Path) -> str:

@@ -263,7 +263,7 @@ def end_all() -> None:
     """Kill every process below this one, and those that come to it meanwhile."""
     while True:
         try:
-            left = [int(pid) for pid in Path("/proc/thread-self/children").read_text().split()]
+            left = [int(pid) for pid in Path("/proc/thread-self/children").read_text(encoding="ascii").split()]
         except OSError:  # a kernel built without
             return
         for pid in left:

@@ -243,7 +243,7 @@ def unfit(setting: str, error: Exception) -> Exception:
     """The error to raise when a library cannot build what a setting asks for."""
     if is_out_of_memory(error):
         return error
-    return UserError(f"{setting}: no network can be made by them ({clip(str(error), 160)}); change them")
+    return UserError(f"{setting}: no network can be made of these values ({clip(str(error), 160)}); change them")
 
 
 def build_image(settings: ImageEncoder, pretrained: bool) -> nn.Module:

@@ -27,6 +27,7 @@ TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels"
 # the full decode is then at most 0.92 grey levels, on white noise; 0.45 on noisy shapes. At 2 times noise is 3.6 off.
 ROOM = 4
 QUALITY = 95  # of the JPEGs that resize makes, stored without halving the colours' resolution
+LOSSLESS = ("PNG", "BMP", "PPM")
 PLAIN = {"jfif", "jfif_version", "jfif_unit", "jfif_density"}  # what Pillow tells of them
 SIDE = 384  # pixels of such a JPEG unless resize is told otherwise
 ENOUGH_ROWS = 0.5  # a truncated picture is kept when at least this share of its rows was decoded
@@ -52,6 +53,8 @@ class Decoded:
     is_repaired: bool = False
     is_prepared: bool = False
     """Whether it is a square JPEG as `squash` writes them."""
+    is_plain_square: bool = False
+    """Whether it is a square of RGB stored without loss and without anything else that tells how it looks."""
 
 
 def squash(data: bytes, size: int) -> tuple[bytes, str, str, int, int]:
@@ -67,12 +70,15 @@ def squash(data: bytes, size: int) -> tuple[bytes, str, str, int, int]:
 def read_image(path: Path, size: int, side: int = SIDE) -> NDArray[np.uint8]:
     """A picture squashed to (3, size, size), RGB. Raises UnreadableError.
 
-    What resize has made is taken as it is. Anything else is read as if `resize --size SIDE` had been there, its JPEG
-    included, since an embedding tells the two apart: the same picture put by hand gives the same numbers.
+    What resize has made is taken as it is, and so is a plain square without loss that is no larger than `size`: nothing
+    is left to do there. Anything else is read as if `resize --size SIDE` had been there, its JPEG included, since an
+    embedding tells the two apart: the same picture put by hand gives the same numbers.
     """
     data = read_file(path)
     found = open_picture(data, side * ROOM)
-    if found.is_prepared:
+    if found.is_plain_square and found.width <= size:
+        image = found.image
+    elif found.is_prepared:
         is_whole = found.image.size == (found.width, found.height)
         image = found.image if is_whole else open_picture(data).image
     else:
@@ -241,8 +247,10 @@ def decode_now(data: bytes, least: int | None = None) -> Decoded:
         profile = image.info.get("icc_profile", b"")
         if image.format == "JPEG2000" and not profile:
             profile = jpeg2000_profile(data) or b""
-        rgb, complaint = to_rgb(upright(image), profile)
-        return Decoded(rgb, width, height, image.format, complaint, is_prepared=is_prepared(image))
+        turned = upright(image)
+        rgb, complaint = to_rgb(turned, profile)
+        is_plain = image.format in LOSSLESS and turned is image and rgb is image and width == height and not complaint
+        return Decoded(rgb, width, height, image.format, complaint, False, is_prepared(image), is_plain)
 
 
 def is_prepared(image: Image.Image) -> bool:
@@ -282,7 +290,7 @@ def decode_truncated(data: bytes, cause: str) -> Decoded:
         raise UnreadableError(f"{cause}; only {share:.0%} of its rows came through", found.width, found.height)
     rows[is_lost] = 255
     detail = "; ".join(filter(None, (f"{cause}; {share:.0%} of its rows came through", found.detail)))
-    return replace(found, image=Image.fromarray(pixels), detail=detail, is_repaired=True)
+    return replace(found, image=Image.fromarray(pixels), detail=detail, is_repaired=True, is_plain_square=False)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -185,8 +185,6 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
     task = load_task(settings, data_dir)
     with ranks() as fellows:
         check_batch(settings.train, fellows)
-        if fellows.is_first and (lines := [*task.notes, *task.train_store.coverage()]):
-            print("\n".join(lines), flush=True)
         if settings.train.threads is not None:
             torch.set_num_threads(settings.train.threads)
         torch.manual_seed(settings.train.seed)
@@ -300,7 +298,12 @@ def learn(model: TwoTowers, task: Task, settings: Settings, fellows: Ranks, run:
     keep_freed_memory()
     learner = Learner(model, settings, fellows)
     if fellows.is_first:
-        print(describe_memory(model, learner.optimizer, settings, fellows), flush=True)
+        lines = [
+            describe_memory(model, learner.optimizer, settings, fellows),
+            *task.notes,
+            *task.train_store.coverage(),
+        ]
+        print("\n".join(lines), flush=True)
     done = run.resume(model, learner.optimizer, learner.scaler)
     if done and fellows.is_first:
         run.write_metrics()  # killed just after last.pt, a run that is done would never write them
