@@ -98,6 +98,7 @@ def test_the_verdict_is_told_for_each_side(data: Path, model: Path) -> None:
     assert row_of(replace(explanation, threshold=2.0), Effect("型号", None, 2.5, 2.0))["flips"] == ["right"]
 
 
+@pytest.mark.slow
 def test_the_precision_asked_for_is_that_of_the_page(data: Path, model: Path, tmp_path: Path) -> None:
     pages = []
     for precision in ("fp32", "bf16"):

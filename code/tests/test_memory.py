@@ -124,6 +124,7 @@ def test_the_estimate_is_within_15_percent_of_a_step_of_the_small_preset() -> No
     assert beyond == pytest.approx(measured_peak(learner, settings), rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "recompute"), [("bf16", False), ("bf16", True), ("fp16", False)])
 def test_it_holds_for_every_precision_with_and_without_recomputing(precision: str, recompute: bool) -> None:
     settings, model = bert_and_swin(precision=precision, checkpoint_activations=recompute)
@@ -138,12 +139,14 @@ def test_it_holds_for_every_precision_with_and_without_recomputing(precision: st
     assert beyond == pytest.approx(measured_peak(learner, settings), rel=0.15)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_pairs_of_a_part_and_nothing_else_does() -> None:
     few, many = (estimate(*reversed(bert_and_swin("text", pairs=pairs, precision="bf16"))) for pairs in (4, 16))
     assert many.activations == pytest.approx(4 * few.activations, rel=0.01)
     assert (many.weights, many.optimizer, many.copies) == (few.weights, few.optimizer, few.copies)
 
 
+@pytest.mark.slow
 def test_recomputing_is_estimated_to_keep_less() -> None:
     plain, recomputed = (
         estimate(*reversed(bert_and_swin("text", pairs=32, checkpoint_activations=recompute)))
@@ -153,6 +156,7 @@ def test_recomputing_is_estimated_to_keep_less() -> None:
     assert recomputed.peak < plain.peak
 
 
+@pytest.mark.slow
 def test_ranks_and_parts_share_the_pairs_out() -> None:
     settings, model = bert_and_swin("text", pairs=16)
     whole, two = estimate(model, settings), estimate(model, settings, Ranks(0, 2, ALONE.device))
@@ -173,6 +177,7 @@ def test_estimating_changes_neither_model_nor_random_state() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_pictures_alone_are_estimated_too() -> None:
     settings, model = bert_and_swin("image")
     assert estimate(model, settings).activations > 0

@@ -44,7 +44,9 @@ def test_no_threshold_beats_the_best_one(case: list[tuple[float, int]]) -> None:
 HUGE, TINY = 1.7976931348623157e308, 5e-324
 CLOSE = st.floats(allow_nan=False, allow_infinity=False).flatmap(
     lambda x: st.lists(
-        st.tuples(st.sampled_from([x, np.nextafter(x, np.inf), np.nextafter(x, -np.inf), -x]), st.integers(0, 1)),
+        st.tuples(
+            st.sampled_from([x, math.nextafter(x, math.inf), math.nextafter(x, -math.inf), -x]), st.integers(0, 1)
+        ),
         min_size=1,
         max_size=8,
     ).map(lambda pairs: [(float(np.clip(score, -HUGE, HUGE)), label) for score, label in pairs])

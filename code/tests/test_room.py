@@ -123,7 +123,7 @@ def report_words(data: Path, model: Path, out: Path) -> list[object]:
     ("words", "room"),
     [
         pytest.param(train_words, 20_480, marks=pytest.mark.slow),
-        (predict_words, 4_096),
+        pytest.param(predict_words, 4_096, marks=pytest.mark.slow),
         (download_words, 2_048),
         (sample_words, 32_768),
         (resize_words, 16_384),

@@ -326,6 +326,14 @@ def test_any_file_is_rows_or_one_line(
             assert len(str(error).splitlines()) == 1 and re.match(re.escape(str(path)), str(error))
 
 
+@pytest.mark.parametrize("text", ["a\rb,c\n", '"a\rb', "item_id\ttitle\r1\tx\r", "a,b\r\n1\r,2\r\n"])
+def test_line_ends_of_old_machines_are_one_line_too(tmp_path: Path, text: str) -> None:
+    (tmp_path / "any.jsonl").write_bytes(text.encode())
+    with pytest.raises(UserError) as caught:
+        read_items(tmp_path / "any.jsonl")
+    assert len(str(caught.value).splitlines()) == 1
+
+
 OBJECTS = st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=5), min_size=1), min_size=1, max_size=4)
 
 

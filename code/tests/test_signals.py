@@ -89,7 +89,14 @@ class Training:
         return self.process.returncode, said
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGTERM, 6)])
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, 3, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 6, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_bytes_of_an_unbroken_one(
     data: Path,
     tmp_path: Path,

@@ -135,7 +135,7 @@ def test_parts_change_memory_not_the_result(data: Path, tmp_path: Path) -> None:
     assert losses_of(tmp_path / "whole") == pytest.approx(losses_of(tmp_path / "parts"), abs=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_lower_precisions_train_near_fp32(data: Path, tmp_path: Path, precision: Precision) -> None:
     for name in ("fp32", precision):
         settings = tiny_settings(tmp_path, f"train.precision={name}", "train.checkpoint_activations=true")
@@ -144,6 +144,7 @@ def test_lower_precisions_train_near_fp32(data: Path, tmp_path: Path, precision:
     assert all(math.isfinite(loss) for loss in losses_of(tmp_path / precision))
 
 
+@pytest.mark.slow
 def test_a_run_in_fp16_goes_on_with_its_loss_scale(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between two checkpoints, it ends as an unbroken one: weights, moments and the scale of the loss."""
     settings = tiny_settings(tmp_path, "train.precision=fp16")
@@ -274,7 +275,9 @@ def test_rows_of_a_run_that_stopped_between_two_of_them_are_those_of_an_unbroken
     assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", pytest.param("cut", marks=pytest.mark.slow), pytest.param("gone", marks=pytest.mark.slow)]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     data: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,7 +307,7 @@ def test_two_damaged_checkpoints_end_the_run_in_one_line(data: Path, tmp_path: P
         train(settings, data, run_dir, tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_a_fault_in_training_names_step_pairs_and_last_good_state(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:

@@ -139,7 +139,10 @@ def delimiter_of(text: str) -> str | None:
     lines = text.split("\n")[: NUM_LINES + 1]
     first = lines[0].strip().strip('"')
     for delimiter in (",", "\t", ";", "|"):
-        fields = next(csv.reader([lines[0]], delimiter=delimiter), [])
+        try:
+            fields = next(csv.reader([lines[0]], delimiter=delimiter), [])
+        except csv.Error:  # such as a carriage return within a field
+            return None
         names = [name.strip().strip('"').lower() for name in fields]
         if len(names) > 1 and ("item_id" in names or "src_item_id" in names):
             return delimiter
