@@ -198,6 +198,7 @@ def test_every_text_file_is_opened_in_utf_8() -> None:
         "ruff",
         "check",
         "--isolated",
+        "--no-cache",
         "--preview",
         "--select",
         "PLW1514",
@@ -345,8 +346,7 @@ distributed.join = told
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_rank_that_waits_for_others_answers_a_request_to_stop(
     rank: int, number: int, data: Path, tmp_path: Path
 ) -> None:

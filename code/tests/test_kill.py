@@ -25,7 +25,7 @@ from PIL import Image
 from worlds import tiny_preset
 
 pytestmark = pytest.mark.slow
-RANDOM, AIMED = 22, 8  # moments over the length of a run; moments at which a file is being written
+RANDOM, AIMED = 9, 6  # moments over the length of a run; moments at which a file is being written
 TESTS = Path(__file__).resolve().parent
 Words = list[str]
 

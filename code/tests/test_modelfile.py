@@ -177,8 +177,8 @@ def test_a_checkpoint_is_told_how_to_become_a_model_and_does(
         save_file(state, path)
     else:
         torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=form != "old.bin")
-    for verb in ("predict", "evaluate"):
-        line = error_of(verb, "--data", data, "--model", path)
+    for verb in (("predict", "--submit", tmp_path / "submit"), ("evaluate",)):
+        line = error_of(*verb, "--data", data, "--model", path)
         assert line.startswith(f"{path}: ") and "make one of it: ./entrypoint.sh weights --model " in line
     words = advised(line)
     main([*words, "--text-encoder", str(release.encoder), f"model.image.size={release.size}", *release.overrides()])

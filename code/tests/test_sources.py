@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import struct
 import subprocess
 import tarfile
@@ -155,7 +156,9 @@ def test_a_tar_is_refused_with_the_command_that_unpacks_it(tmp_path: Path, suffi
     with tarfile.open(folder / f"{STEM}{suffix}", mode) as archive:  # type: ignore[call-overload]
         archive.add(folder / "in", ".")
     line = refused(folder)
-    assert line.startswith(f"{folder}/{STEM}{suffix}: ")
+    assert line.startswith(f"{folder}/{STEM}{suffix}: ") and "; unpack it: mkdir -p " in line
+    if (program := {"xz": "xz", "z2": "bzip2"}.get(suffix[-2:])) and not shutil.which(program):
+        return  # tar needs it, so only the words can be tried
     subprocess.run(line.partition("; unpack it: ")[2], shell=True, check=True)
     assert read_all(folder) == {"t/a.jpg": "a"}
     assert "move away what is not meant" in notes(folder)[0]
