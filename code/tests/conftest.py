@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # worlds.py, browsers.py, scripts.py
 
 from browsers import launch
 from worlds import make_data, tiny_settings
+
+
+# A first example that imports a library or meets a busy machine is no slow test; pytest's own limit bounds each.
+settings.register_profile("tongkuan", deadline=None)
+settings.load_profile("tongkuan")
 
 
 @pytest.fixture(scope="session")
