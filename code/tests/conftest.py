@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # worlds.py, browsers.py, script
 from browsers import launch
 from worlds import make_data, tiny_settings
 
-
 # A first example that imports a library or meets a busy machine is no slow test; pytest's own limit bounds each.
 settings.register_profile("tongkuan", deadline=None)
 settings.load_profile("tongkuan")
