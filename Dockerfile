@@ -28,9 +28,9 @@ RUN --mount=type=secret,id=ca \
         --no-deps --require-hashes -r /requirements.lock "$@"
 # Compiled by content, not by time, and a process a package: what one has compiled before shows in the bytes. Exit code
 # 123: as always, some files are for other versions of Python.
-RUN --mount=type=bind,source=code/tongkuan/processor.py,target=/processor.py \
+RUN --mount=type=bind,source=code/tongkuan/base/machine.py,target=/machine.py \
     printf '%s\0' /opt/venv/lib/python3.11/site-packages/* \
-    | PYTHONHASHSEED=0 xargs -0 -n 1 -P "$(python3 /processor.py)" \
+    | PYTHONHASHSEED=0 xargs -0 -n 1 -P "$(python3 /machine.py)" \
         python3 -m compileall -qq -f --invalidation-mode checked-hash || [ $? = 123 ]
 # What is in there and under which licence; without clock and serial number, and nothing compiled on the way.
 RUN --mount=type=bind,source=code/pyproject.toml,target=/pyproject.toml \

@@ -4,7 +4,7 @@
 set -euo pipefail
 
 top=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-export PYTHONPATH=$top/code
+export PYTHONPATH=$top/code:$top
 # A read-only root without --tmpfs /tmp still has /dev/shm.
 [[ -w ${TMPDIR:-/tmp} ]] || export TMPDIR=/dev/shm
 
@@ -58,7 +58,7 @@ make_venv() { # one at a time; who waited finds it made
 run_tests() { # [PYTEST_ARGUMENT...]
     types=  # global: the trap outlives this function
     local argument config=$top/code/pyproject.toml tests=("$top/code/tests") workers cache status=0
-    workers=(--numprocesses "$("$python" -P "$top/code/tongkuan/processor.py")" --dist worksteal)
+    workers=(--numprocesses "$("$python" -P "$top/code/tongkuan/base/machine.py")" --dist worksteal)
     if [[ -n ${venv:-} ]]; then
         cache=$venv/cache
     else # in the image nothing outlives the container

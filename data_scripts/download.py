@@ -23,11 +23,11 @@ from typing import Any
 import httpx2
 import orjson
 from tqdm import tqdm
-from transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
 
-from tongkuan.command import RAW, Parser
-from tongkuan.errors import NO_ROOM, FaultError, UserError, entrypoint, unwritable
-from tongkuan.files import READ_BLOCK, check_apart, check_writable, sha256_of, sync_folder
+from data_scripts.transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
+from tongkuan.base.errors import NO_ROOM, FaultError, UserError, entrypoint, unwritable
+from tongkuan.base.files import READ_BLOCK, check_apart, check_writable, sha256_of, sync_folder
+from tongkuan.cli.command import RAW, Parser
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
 NAME = re.compile(r"item_(train|valid|test)_(info\.jsonl|pair\.jsonl|images\.zip(\.part[a-z]{2})?)")

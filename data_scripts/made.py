@@ -8,8 +8,8 @@ from pathlib import Path
 
 import orjson
 
-from tongkuan.errors import UserError
-from tongkuan.files import publish, sha256_of
+from tongkuan.base.errors import UserError
+from tongkuan.base.files import publish, sha256_of
 
 
 class Made:

@@ -16,21 +16,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ledger import SPLITS, STATUSES, Digests, Picture, assign_names, list_pictures, write_ledger
-from linking import Links, Records, link_pictures, told_losses, told_names
-from matching import Matches
-from sources import Source, find_source
 from tqdm import tqdm
 
-from tongkuan.attributes import DEFAULT_KEYS, TEN_KEYS, coverage_lines
-from tongkuan.command import DATA, RAW, Parser, Whole
-from tongkuan.errors import UserError, entrypoint, missing
-from tongkuan.files import check_apart, check_writable, publish
-from tongkuan.pictures import UnreadableError, silence_pillow, squash
-from tongkuan.processor import available_cores, keep_freed_memory
-from tongkuan.records import info_row, item_file, pair_file, pair_row, parse_item, read_items, read_pairs
-from tongkuan.rows import is_given, read_rows
-from tongkuan.streams import absent
+from data_scripts.archives.sources import Source, find_source
+from data_scripts.linking.ledger import SPLITS, STATUSES, Digests, Picture, assign_names, list_pictures, write_ledger
+from data_scripts.linking.links import Links, Records, link_pictures, told_losses, told_names
+from data_scripts.linking.matching import Matches
+from tongkuan.base.errors import UserError, entrypoint, missing
+from tongkuan.base.files import check_apart, check_writable, publish
+from tongkuan.base.machine import available_cores, keep_freed_memory
+from tongkuan.cli.command import DATA, RAW, Parser, Whole
+from tongkuan.records.attributes import DEFAULT_KEYS, TEN_KEYS, coverage_lines
+from tongkuan.records.items import info_row, item_file, pair_file, pair_row, parse_item, read_items, read_pairs
+from tongkuan.records.pictures import UnreadableError, silence_pillow, squash
+from tongkuan.records.rows import is_given, read_rows
+from tongkuan.records.streams import absent
 
 HANDED_OUT = "handed_out"  # the folder in DATA that split draws from
 ANSWERS = "item_test_answers.jsonl"

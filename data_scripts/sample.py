@@ -18,17 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from made import Made, hash_of_files
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-from sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
 from tqdm import tqdm
 
-from tongkuan.command import RAW, Parser, Whole
-from tongkuan.errors import entrypoint
-from tongkuan.files import check_writable, publish
-from tongkuan.options import NUM_PRODUCTS
-from tongkuan.records import Pair, item_file, pair_file, pair_row
+from data_scripts.made import Made, hash_of_files
+from data_scripts.sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
+from tongkuan.base.errors import entrypoint
+from tongkuan.base.files import check_writable, publish
+from tongkuan.cli.command import RAW, Parser, Whole
+from tongkuan.cli.options import NUM_PRODUCTS
+from tongkuan.records.items import Pair, item_file, pair_file, pair_row
 
 PRODUCTS = 1500  # by default
 SEED = Whole(0, 2**63 - 1)

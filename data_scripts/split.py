@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from resize import HANDED_OUT
 
-from tongkuan.command import DATA, Parser, Real, Whole
-from tongkuan.errors import UserError, entrypoint, missing
-from tongkuan.files import check_writable, publish
-from tongkuan.labels import contradictory, only_label, pair_key
-from tongkuan.records import (
+from data_scripts.resize import HANDED_OUT
+from tongkuan.base.errors import UserError, entrypoint, missing
+from tongkuan.base.files import check_writable, publish
+from tongkuan.cli.command import DATA, Parser, Real, Whole
+from tongkuan.records.items import (
     Item,
     Pair,
     components,
@@ -30,7 +29,8 @@ from tongkuan.records import (
     read_items,
     read_pairs,
 )
-from tongkuan.rows import is_given, read_rows
+from tongkuan.records.labels import contradictory, only_label, pair_key
+from tongkuan.records.rows import is_given, read_rows
 
 SIDES = ("train", "valid")
 RATIO, SEED = Real(above=0), Whole(-(2**63), 2**63 - 1)

@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 import httpx2
 import orjson
-from joined import Joined
 from tqdm import tqdm
 
-from tongkuan.errors import UserError
-from tongkuan.files import READ_BLOCK
+from data_scripts.archives.joined import Joined
+from tongkuan.base.errors import UserError
+from tongkuan.base.files import READ_BLOCK
 
 AGAIN = "run the same command again: it goes on"
 ENOUGH = 1 << 20  # bytes: an attempt that brought as many is not held against the server

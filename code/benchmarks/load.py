@@ -1,6 +1,6 @@
 """A catalogue's worth of pairs through `predict`: memory, time, whether its progress is true, and a kill half-way.
 
-`PYTHONPATH=code .venv/bin/python code/benchmarks/load.py --pairs 200000 --items 100000`
+`PYTHONPATH=code:. .venv/bin/python code/benchmarks/load.py --pairs 200000 --items 100000`
 Small random encoders with embeddings of full size, pictures of 32 pixels; about 30 kB of disk a pair.
 """
 
@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from tongkuan.checkpoint import ModelCard, save_model
-from tongkuan.config import load_settings
-from tongkuan.data import character_tokenizer
-from tongkuan.files import sha256_of
-from tongkuan.model import build, text_config_of
-from tongkuan.records import Pair, info_row, item_file, pair_file, pair_row
+from tongkuan.base.files import sha256_of
+from tongkuan.encode.store import character_tokenizer
+from tongkuan.model.modelfile import ModelCard, save_model
+from tongkuan.model.towers import build, text_config_of
+from tongkuan.records.items import Pair, info_row, item_file, pair_file, pair_row
+from tongkuan.settings import load_settings
 
 CODE = Path(__file__).resolve().parents[1]
 SHOWN = re.compile(r"predict: +(\d+)%.*?(\d+)/(\d+) \[")
@@ -91,7 +91,7 @@ def run(words: Sequence[object], kill_at: float | None = None) -> Watched:
     """A verb under a terminal of its own, ended by SIGKILL when it says that `kill_at` of the items are done."""
     parent, child = pty.openpty()
     termios.tcsetwinsize(child, (24, 120))
-    environment = {**os.environ, "PYTHONPATH": str(CODE)}
+    environment = {**os.environ, "PYTHONPATH": f"{CODE}:{CODE.parent}"}
     started, watched = time.perf_counter(), Watched()
     command = [sys.executable, "-P", "-m", "tongkuan", *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=child, env=environment)

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tongkuan.attributes import item_text
-from tongkuan.config import ModelSettings
-from tongkuan.model import TwoTowers, pair_logits
-from tongkuan.pictures import read_image
-from tongkuan.records import Item, Pair
+from tongkuan.model.towers import TwoTowers, pair_logits
+from tongkuan.records.attributes import item_text
+from tongkuan.records.items import Item, Pair
+from tongkuan.records.pictures import read_image
+from tongkuan.settings import ModelSettings
 
 BATCH = 4  # pairs
 

@@ -1,6 +1,6 @@
 """How fast `resize` is beside one plain Pillow call a picture, on the same cores; or whether its time is linear.
 
-`PYTHONPATH=code .venv/bin/python code/benchmarks/resize.py --pictures 600 --runs 5`, and the same with `--linear`.
+`PYTHONPATH=code:. .venv/bin/python code/benchmarks/resize.py --pictures 600 --runs 5`, and the same with `--linear`.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import shutil
 import statistics
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,10 +17,8 @@ import numpy as np
 from PIL import Image
 from turns import in_turn, report
 
-from tongkuan.processor import available_cores
+from tongkuan.base.machine import available_cores
 
-# First, in spawned processes too: `import resize` shall mean the verb's script, not this one.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_scripts"))
 SIZE = 384
 CORES = available_cores()
 DISTINCT = 40  # pictures drawn; the others hold the same bytes under other names
@@ -74,7 +71,7 @@ def run_plainly(raw: Path, images: Path) -> None:
 
 def run_ours(raw: Path, data: Path) -> None:
     """The verb as a user runs it, less the start of Python."""
-    from resize import resize  # here, so that the plain way's processes need not load it
+    from data_scripts.resize import resize  # here, so that the plain way's processes need not load it
 
     shutil.rmtree(data, ignore_errors=True)
     resize(raw, data, SIZE, CORES)

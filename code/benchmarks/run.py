@@ -1,6 +1,6 @@
 """How fast predicting and writing are beside the published way, on the same weights and data, in turn in one process.
 
-`PYTHONPATH=code .venv/bin/python code/benchmarks/run.py --items 16 --runs 5`
+`PYTHONPATH=code:. .venv/bin/python code/benchmarks/run.py --items 16 --runs 5`
 `--profile` says where our time goes, `--linear` how it grows, `--cache` what a second run takes, `--compile` what
 torch.compile brings. Training is timed by train_step.py, preparing by resize.py.
 """
@@ -25,11 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from turns import in_turn, report
 
-from tongkuan.checkpoint import ModelCard, save_model
-from tongkuan.config import DataSettings, Precision
-from tongkuan.data import ItemStore, character_tokenizer, normalised
-from tongkuan.distributed import Ranks
-from tongkuan.encode import (
+from tongkuan.base.machine import available_cores
+from tongkuan.encode.encode import (
     Embeddings,
     autocast,
     batch_size,
@@ -39,10 +36,13 @@ from tongkuan.encode import (
     one_thread_each,
     settle,
 )
-from tongkuan.model import TwoTowers, build, text_config_of
-from tongkuan.predict import format_rows, predict, write_result
-from tongkuan.processor import available_cores
-from tongkuan.records import Item, Pair, info_row, item_file, pair_file, pair_row, read_predictions
+from tongkuan.encode.store import ItemStore, character_tokenizer, normalised
+from tongkuan.model.modelfile import ModelCard, save_model
+from tongkuan.model.towers import TwoTowers, build, text_config_of
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import Item, Pair, info_row, item_file, pair_file, pair_row, read_predictions
+from tongkuan.result.predict import format_rows, predict, write_result
+from tongkuan.settings import DataSettings, Precision
 
 ROWS = 16_000  # of the writing benchmark, of 1,024 numbers a side
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -1,6 +1,6 @@
 """How fast a training step is beside the published way, on the same weights and data, in turn in one process.
 
-`PYTHONPATH=code .venv/bin/python code/benchmarks/train_step.py --pairs 4 --draw component --runs 5`
+`PYTHONPATH=code:. .venv/bin/python code/benchmarks/train_step.py --pairs 4 --draw component --runs 5`
 At real size and 4 pairs the published way takes 11 GiB; `--depth 0.34` keeps a third of the encoders' layers.
 """
 
@@ -21,15 +21,15 @@ import world
 from torch import Tensor
 from turns import report
 
-from tongkuan.checkpoint import ModelCard
-from tongkuan.config import ModelSettings, Settings
-from tongkuan.data import ItemStore, character_tokenizer, prefetch
-from tongkuan.distributed import Ranks
-from tongkuan.draw import Part, parts
-from tongkuan.evaluate import labels_of
-from tongkuan.memory import LiveStorages
-from tongkuan.model import build, checkpoint_activations, text_config_of
-from tongkuan.train import Learner, Loaded, Task, learning_rate_at
+from tongkuan.encode.store import ItemStore, character_tokenizer, prefetch
+from tongkuan.learn.batches import Part, parts
+from tongkuan.learn.memory import LiveStorages
+from tongkuan.learn.train import Learner, Loaded, Task, learning_rate_at
+from tongkuan.model.modelfile import ModelCard
+from tongkuan.model.towers import build, checkpoint_activations, text_config_of
+from tongkuan.ranks.group import Ranks
+from tongkuan.result.evaluate import labels_of
+from tongkuan.settings import ModelSettings, Settings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SWIN_DEPTHS = (2, 2, 6, 2)  # Swin-T's

@@ -1,21 +1,16 @@
 """What the benchmarks run on: sample items with 384-pixel pictures and long texts, random encoders of real size."""
 
-import sys
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from tongkuan.attributes import item_text
-from tongkuan.config import ModelSettings
-from tongkuan.pictures import squash
-from tongkuan.records import Item, Pair, parse_item
-
-TOP = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(TOP / "data_scripts"))
-
-import sample  # noqa: E402 - one of the scripts on the path just set
+from data_scripts import sample
+from tongkuan.records.attributes import item_text
+from tongkuan.records.items import Item, Pair, parse_item
+from tongkuan.records.pictures import squash
+from tongkuan.settings import ModelSettings
 
 TOKENS = (40, 110)  # of a text, from and to: as the competition's
 SETTINGS = ModelSettings.model_validate(

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from scripts import load_script
 
-from tongkuan.errors import UserError
-from tongkuan.pictures import UnreadableError
+from data_scripts.archives import sources
+from tongkuan.base.errors import UserError
+from tongkuan.records.pictures import UnreadableError
 
-sources = load_script("sources")
 STEM = "item_train_images"
 
 

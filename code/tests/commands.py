@@ -9,7 +9,7 @@ CODE = Path(__file__).resolve().parents[1]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(CODE), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": f"{CODE}:{CODE.parent}", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 
 def run_verb(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of six steps."""
-    from tongkuan.train import train
+    from tongkuan.learn.train import train
 
     folder = tmp_path_factory.mktemp("model")
     train(tiny_settings(folder), data, folder / "run", folder / "model.safetensors")
@@ -39,7 +39,7 @@ def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_estimate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is estimated only where a test asks for it: that is half the time of a tiny training."""
     if request.module.__name__ not in ("test_memory", "test_plan", "test_signals", "test_examples"):
-        monkeypatch.setattr("tongkuan.train.describe_memory", lambda *_: "memory: not estimated in this test")
+        monkeypatch.setattr("tongkuan.learn.train.describe_memory", lambda *_: "memory: not estimated in this test")
 
 
 @pytest.fixture(autouse=True, scope="session")

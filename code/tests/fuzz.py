@@ -13,10 +13,12 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["tongkuan.records", "tongkuan.attributes", "tongkuan.attribute_syntax"]):
-    from tongkuan import attributes as readings
-    from tongkuan import records
-from tongkuan.errors import UserError
+with atheris.instrument_imports(
+    include=[f"tongkuan.records.{name}" for name in ("items", "attributes", "attribute_syntax")]
+):
+    from tongkuan.records import attributes as readings
+    from tongkuan.records import items as records
+from tongkuan.base.errors import UserError
 
 
 def attributes(data: bytes) -> None:

@@ -9,15 +9,14 @@ import importlib
 import json
 import os
 import sys
-from pathlib import Path
 
 # All that verbs import on their way; modules that start threads must not be among them: they would not be forked.
 MODULES = (
-    *("tongkuan.__main__", "tongkuan.train", "tongkuan.predict", "torch._dynamo", "torch._subclasses.fake_tensor"),
+    *("tongkuan.__main__", "tongkuan.learn.train", "tongkuan.result.predict"),
+    *("torch._dynamo", "torch._subclasses.fake_tensor"),
     *("torch.utils.tensorboard", "timm", "timm.models.convnext", "transformers.models.bert.modeling_bert"),
-    *("download", "resize", "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "httpx2"),
+    *("data_scripts.download", "data_scripts.resize", "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "httpx2"),
 )
-DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
 
 
 def serve() -> None:
@@ -25,16 +24,15 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
-    sys.path.insert(0, str(DATA_SCRIPTS))
     for name in MODULES:
         importlib.import_module(name)
     import torch
 
-    import tongkuan.train
+    import tongkuan.learn.train
     from tongkuan.__main__ import run
 
     torch.set_num_threads(1)
-    tongkuan.train.describe_memory = lambda *_: "memory: not estimated in this test"  # as in conftest.py
+    tongkuan.learn.train.describe_memory = lambda *_: "memory: not estimated in this test"  # as in conftest.py
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"  # noqa: PTH208
     print("ready", file=answers)
     for line in sys.stdin:

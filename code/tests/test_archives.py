@@ -30,14 +30,9 @@ from archive_worlds import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from scripts import load_script
 
-from tongkuan.errors import UserError
-
-sources = load_script("sources")
-listing = load_script("listing")
-zips = load_script("zips")
-
+from data_scripts.archives import listing, sources, zips
+from tongkuan.base.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Archives inside archives

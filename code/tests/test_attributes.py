@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 from commands import ok, run_verb
 from rich.cells import cell_len
-from scripts import load_script
 
-from tongkuan.attributes import TEN_KEYS, attributes_of
-from tongkuan.errors import UserError
-from tongkuan.records import Item
+from data_scripts import attributes
+from tongkuan.base.errors import UserError
+from tongkuan.records.attributes import TEN_KEYS, attributes_of
+from tongkuan.records.items import Item
 
-attributes = load_script("attributes")
 Row = tuple[str, str]
 
 

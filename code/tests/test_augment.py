@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import tiny_settings
 
-from tongkuan.config import Augmentation
-from tongkuan.data import augment
-from tongkuan.distributed import Ranks
-from tongkuan.draw import parts
-from tongkuan.model import build
-from tongkuan.train import Learner, load_parts, load_task
+from tongkuan.encode.store import augment
+from tongkuan.learn.batches import parts
+from tongkuan.learn.train import Learner, load_parts, load_task
+from tongkuan.model.towers import build
+from tongkuan.ranks.group import Ranks
+from tongkuan.settings import Augmentation
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)

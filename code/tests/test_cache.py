@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tongkuan.__main__ import main
-from tongkuan.cache import Cache
-from tongkuan.config import DataSettings
-from tongkuan.errors import UserError
-from tongkuan.model import TwoTowers
-from tongkuan.predict import predict
-from tongkuan.processor import processor_of
-from tongkuan.records import item_file
+from tongkuan.base.errors import UserError
+from tongkuan.base.machine import processor_of
+from tongkuan.encode.cache import Cache
+from tongkuan.model.towers import TwoTowers
+from tongkuan.records.items import item_file
+from tongkuan.result.predict import predict
+from tongkuan.settings import DataSettings
 
 SETTINGS = DataSettings(encode_batch=5, workers=2)
 BATCHES = 4  # 18 items, 5 a batch
@@ -48,7 +48,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forwards]:
         return real(self, *tensors)
 
     monkeypatch.setattr(TwoTowers, "forward", forward)
-    monkeypatch.setattr("tongkuan.encode.available_cores", lambda: 1)
+    monkeypatch.setattr("tongkuan.encode.encode.available_cores", lambda: 1)
     return counter
 
 
@@ -88,7 +88,7 @@ def test_what_is_cached_is_not_even_decoded(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run(data, model, tmp_path / "s", tmp_path / "cache")
-    monkeypatch.setattr("tongkuan.data.read_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("tongkuan.encode.store.read_image", lambda *_: pytest.fail("decoded"))
     assert run(data, model, tmp_path / "s", tmp_path / "cache") == before
 
 

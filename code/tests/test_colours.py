@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from icc_profiles import SRGB, WIDE, by_lcms, cmyk, gamma, grey, profile, rgb, srgb_curve, table_curve
 from PIL import Image, ImageCms
-from scripts import load_script
 from worlds import hand_out_pictures, read_jsonl
 
-from tongkuan import colours, pictures
+from data_scripts import resize
+from tongkuan.records import colours, pictures
 
-resize = load_script("resize")
 SIZE = 32
 NOT_USED = "colour profile not used"
 GENTLE: dict[str, dict[str, Any]] = {

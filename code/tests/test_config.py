@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import tiny_preset
 
-from tongkuan.config import Settings, load_settings, preset_names
-from tongkuan.errors import UserError
+from tongkuan.base.errors import UserError
+from tongkuan.settings import Settings, load_settings, preset_names
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -10,10 +10,18 @@ import torch
 from PIL import Image
 from worlds import tiny_settings
 
-from tongkuan.config import Augmentation, ImageEncoder, TextEncoder
-from tongkuan.data import ItemStore, augment, build_tokenizer, character_tokenizer, normalised, open_store, prefetch
-from tongkuan.errors import UserError
-from tongkuan.records import Item, item_file, read_items
+from tongkuan.base.errors import UserError
+from tongkuan.encode.store import (
+    ItemStore,
+    augment,
+    build_tokenizer,
+    character_tokenizer,
+    normalised,
+    open_store,
+    prefetch,
+)
+from tongkuan.records.items import Item, item_file, read_items
+from tongkuan.settings import Augmentation, ImageEncoder, TextEncoder
 
 TITLES = Path(__file__).resolve().parents[3] / "shared" / "data" / "titles" / "titles.jsonl"
 
@@ -155,7 +163,7 @@ def test_without_augmentation_nothing_changes() -> None:
 
 
 def test_a_picture_read_back_is_squashed_not_cropped(tmp_path: Path) -> None:
-    from tongkuan.pictures import read_image
+    from tongkuan.records.pictures import read_image
 
     wide = np.zeros((10, 40, 3), dtype=np.uint8)
     wide[:, 20:] = 255

@@ -27,13 +27,11 @@ import pytest
 from commands import environment, ok, run_verb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import load_script
 
-from tongkuan.errors import FaultError, UserError
+from data_scripts import download, transfer
+from data_scripts.archives import sources
+from tongkuan.base.errors import FaultError, UserError
 
-download = load_script("download")
-transfer = load_script("transfer")
-sources = load_script("sources")
 QUICK = transfer.Patience(attempts=2, timeout=10, pause=0.001, longest=0.02)
 IMPATIENT = {
     "silent": transfer.Patience(attempts=2, timeout=0.1, pause=0.001),

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tongkuan.__main__ import main
-from tongkuan.checkpoint import load_model
-from tongkuan.config import DataSettings, ImageEncoder, ModelSettings
-from tongkuan.data import open_store
-from tongkuan.distributed import Ranks
-from tongkuan.encode import Embeddings, batch_size, encode, settle
-from tongkuan.evaluate import differences
-from tongkuan.processor import multiplies
-from tongkuan.records import item_file, read_items
+from tongkuan.base.machine import multiplies
+from tongkuan.encode.encode import Embeddings, batch_size, encode, settle
+from tongkuan.encode.store import open_store
+from tongkuan.model.modelfile import load_model
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import item_file, read_items
+from tongkuan.result.evaluate import differences
+from tongkuan.settings import DataSettings, ImageEncoder, ModelSettings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -14,12 +14,13 @@ import torch
 from commands import environment, ok
 from worlds import tiny_preset
 
-from tongkuan import ending, processor
 from tongkuan.__main__ import main, num_ranks
-from tongkuan.distributed import ranks
-from tongkuan.errors import UserError
-from tongkuan.group import LAUNCHER, TELL, VARIABLES, Place, find_place
-from tongkuan.processor import available_cores
+from tongkuan.base import machine as processor
+from tongkuan.base.errors import UserError
+from tongkuan.base.machine import available_cores
+from tongkuan.cli import exits as ending
+from tongkuan.ranks.group import ranks
+from tongkuan.ranks.place import LAUNCHER, TELL, VARIABLES, Place, find_place
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -99,10 +100,10 @@ def test_a_system_that_tells_nothing_has_the_cores_of_the_affinity(
 
 
 def test_all_that_counts_cores_asks_for_the_quota() -> None:
-    asked = [*(TOP / "code/tongkuan").glob("**/*.py"), *(TOP / "data_scripts").glob("*.py")]
+    asked = [*(TOP / "code/tongkuan").glob("**/*.py"), *(TOP / "data_scripts").rglob("*.py")]
     asked += [TOP / "entrypoint.sh", TOP / "Dockerfile"]
     for path in filter(Path.is_file, asked):  # the image has no Dockerfile
-        if path.name != "processor.py":
+        if path.name != "machine.py":
             text = path.read_text(encoding="utf-8")
             assert "sched_getaffinity" not in text and "$(nproc)" not in text, path
     printed = subprocess.run([sys.executable, processor.__file__], capture_output=True, text=True, check=True).stdout
@@ -114,7 +115,7 @@ def test_torch_takes_no_more_threads_than_the_quota(monkeypatch: pytest.MonkeyPa
     try:
         torch.set_num_threads(3)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.setattr("tongkuan.distributed.available_cores", lambda: 2)
+        monkeypatch.setattr("tongkuan.ranks.group.available_cores", lambda: 2)
         with ranks():
             assert torch.get_num_threads() == 2
         torch.set_num_threads(3)
@@ -191,7 +192,7 @@ def test_a_name_that_no_file_can_have_in_this_locale_is_one_line(monkeypatch: py
 
 
 def test_every_text_file_is_opened_in_utf_8() -> None:
-    sources = [*(TOP / "code/tongkuan").glob("**/*.py"), *(TOP / "data_scripts").glob("*.py")]
+    sources = [*(TOP / "code/tongkuan").glob("**/*.py"), *(TOP / "data_scripts").rglob("*.py")]
     words = [
         sys.executable,
         "-m",
@@ -336,7 +337,7 @@ def start_rank(rank: int, port: int, words: list[object], **more: str) -> "subpr
 
 JOINING = """
 import sys
-from tongkuan import distributed
+from tongkuan.ranks import group as distributed
 join = distributed.join
 def told(*arguments):
     print("joining", file=sys.stderr, flush=True)

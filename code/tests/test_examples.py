@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from test_release import make_release
 from worlds import TINY
 
-from tongkuan import config, model
+from tongkuan import settings as config
 from tongkuan.__main__ import SCRIPTS, VERBS, main, parser_of
+from tongkuan.model import towers as model
 
 TOP = Path(__file__).resolve().parents[2]
 README = (TOP / "README.md").read_text(encoding="utf-8")
@@ -57,7 +58,7 @@ def test_the_example_of_a_help_works_as_it_stands_and_ends_in_what_to_type_next(
     verb: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(demo, tmp_path / "copy")
-    monkeypatch.setenv("PYTHONPATH", str(TOP / "code"))  # as the shell script does, for ranks
+    monkeypatch.setenv("PYTHONPATH", f"{TOP}/code:{TOP}")  # as the shell script does, for ranks
     monkeypatch.chdir(tmp_path / "copy")
     type_in(parser_of(verb).example)
     last = capfd.readouterr().out.strip().splitlines()[-1]
@@ -155,7 +156,7 @@ def test_the_readme_has_every_option_of_every_verb() -> None:
 def test_the_errors_that_the_readme_explains_are_those_that_are_printed() -> None:
     section = README.partition("## When something is wrong")[2].partition("\n## ")[0]
     quoted = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
-    printed = [*TOP.glob("code/tongkuan/*.py"), *TOP.glob("data_scripts/*.py"), TOP / "entrypoint.sh"]
+    printed = [*TOP.glob("code/tongkuan/**/*.py"), *TOP.glob("data_scripts/**/*.py"), TOP / "entrypoint.sh"]
     # A message may be written over two lines.
     source = re.sub(r'"\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in printed))
     assert len(quoted) > 5

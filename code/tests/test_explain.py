@@ -12,15 +12,15 @@ from report_worlds import CLOSING, IMAGE, SCRIPT
 from worlds import make_data, tiny_settings, write_jsonl
 
 from tongkuan.__main__ import main
-from tongkuan.config import DataSettings
-from tongkuan.data import open_store
-from tongkuan.errors import UserError
-from tongkuan.explain import WHOLE, occlude, variants_of
-from tongkuan.model import pair_scores
-from tongkuan.predict import predict
-from tongkuan.records import read_items, read_predictions
+from tongkuan.base.errors import UserError
+from tongkuan.encode.store import open_store
+from tongkuan.learn.train import train
+from tongkuan.model.towers import pair_scores
+from tongkuan.records.items import read_items, read_predictions
+from tongkuan.report.explain import WHOLE, occlude, variants_of
 from tongkuan.report.explained import Effect, Explanation, row_of
-from tongkuan.train import train
+from tongkuan.result.predict import predict
+from tongkuan.settings import DataSettings
 
 A, B = "test-0-0", "test-1-0"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tongkuan import files
-from tongkuan.errors import UserError, unwritable
-from tongkuan.files import check_writable, publish, sha256_of
+from tongkuan.base import files
+from tongkuan.base.errors import UserError, unwritable
+from tongkuan.base.files import check_writable, publish, sha256_of
 
 NOBODY = 65534
 

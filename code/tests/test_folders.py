@@ -10,22 +10,23 @@ from typing import NoReturn
 
 import orjson
 import pytest
-from scripts import load_script
 from test_main import error_of, without_root
 from worlds import tiny_preset, write_jsonl
 
-import tongkuan.encode
-import tongkuan.evaluate
-import tongkuan.explain
-import tongkuan.judge
-import tongkuan.plot
-import tongkuan.predict
-import tongkuan.release
-import tongkuan.report
-import tongkuan.train
-from tongkuan import errors, model  # all imported as root: not everybody may read where they are installed
+import tongkuan.encode.encode
+import tongkuan.judge.check
+import tongkuan.learn.train
+import tongkuan.model.released
+import tongkuan.report.explain
+import tongkuan.report.plot
+import tongkuan.report.report
+import tongkuan.result.evaluate
+import tongkuan.result.predict
+from data_scripts import download, resize, sample
 from tongkuan.__main__ import main
-from tongkuan.ending import report_error
+from tongkuan.base import errors  # all imported as root: not everybody may read where they are installed
+from tongkuan.cli.exits import report_error
+from tongkuan.model import towers as model  # all imported as root: not everybody may read where they are installed
 
 Words = Callable[["World"], list[object]]
 
@@ -99,16 +100,16 @@ def idle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> NoReturn:
         raise AssertionError("it has begun to work")
 
-    for module in (tongkuan.predict, tongkuan.evaluate, tongkuan.explain, tongkuan.train):
+    for module in (tongkuan.result.predict, tongkuan.result.evaluate, tongkuan.report.explain, tongkuan.learn.train):
         monkeypatch.setattr(module, "encode", work)
-    monkeypatch.setattr(tongkuan.train, "learn", work)
-    monkeypatch.setattr(tongkuan.judge, "run_similarity", work)
-    monkeypatch.setattr(tongkuan.release, "read_params", work)
+    monkeypatch.setattr(tongkuan.learn.train, "learn", work)
+    monkeypatch.setattr(tongkuan.judge.check, "run_similarity", work)
+    monkeypatch.setattr(tongkuan.model.released, "read_params", work)
     monkeypatch.setattr(model, "download", work)
     monkeypatch.setattr(model, "WEIGHTS_DIR", world.out)
-    monkeypatch.setattr(load_script("resize"), "convert_all", work)
-    monkeypatch.setattr(load_script("sample"), "encode_picture", work)
-    monkeypatch.setattr(load_script("download"), "bring", work)
+    monkeypatch.setattr(resize, "convert_all", work)
+    monkeypatch.setattr(sample, "encode_picture", work)
+    monkeypatch.setattr(download, "bring", work)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

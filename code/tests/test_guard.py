@@ -16,11 +16,11 @@ import orjson
 import pytest
 from report_worlds import make_world
 
-from tongkuan import guard, guard_process
-from tongkuan.errors import UserError
-from tongkuan.judge import judged, score
-from tongkuan.metrics import quality_at
-from tongkuan.report import report
+from tongkuan.base.errors import UserError
+from tongkuan.base.metrics import quality_at
+from tongkuan.judge import guard, guard_process
+from tongkuan.judge.check import judged, score
+from tongkuan.report.report import report
 
 LABELS = [1, 0, 0, 1, 0, 1, 0, 0]
 CONSTANT = 6 / 11  # F1 of calling every pair the same: 3 hits, 5 false alarms

@@ -11,7 +11,7 @@ from PIL import Image
 from worlds import COLOURS, tiny_preset, write_jsonl
 
 from tongkuan.__main__ import main
-from tongkuan.errors import UserError
+from tongkuan.base.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 

@@ -16,21 +16,20 @@ from commands import run_verb
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scripts import load_script
 from test_main import error_of, predict
 from test_release import Payload
 from test_resize import hand_out, images, ledger, picture, run
 from worlds import make_data, tiny_preset
 
-from tongkuan import pictures
+from data_scripts.archives import sources
 from tongkuan.__main__ import main
-from tongkuan.attributes import item_text
-from tongkuan.config import load_settings
-from tongkuan.errors import UserError, clip, nearest
-from tongkuan.model import build_text, read_tensors, text_config_of
-from tongkuan.records import parse_item, read_items, read_pairs, read_predictions
+from tongkuan.base.errors import UserError, clip, nearest
+from tongkuan.model.towers import build_text, read_tensors, text_config_of
+from tongkuan.records import pictures
+from tongkuan.records.attributes import item_text
+from tongkuan.records.items import parse_item, read_items, read_pairs, read_predictions
+from tongkuan.settings import load_settings
 
-sources = load_script("sources")
 ID = '{"item_id": "a", "title": '
 DEEP = "[" * 1000 + "]" * 1000
 
@@ -91,7 +90,7 @@ def test_odd_lines_that_hold_an_item_are_taken(path: Path) -> None:
 
 
 def test_a_line_without_an_end_is_not_read_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tongkuan.rows.MAX_LINE", 100)
+    monkeypatch.setattr("tongkuan.records.rows.MAX_LINE", 100)
     path.write_bytes(b'{"item_id":"a"}\n' + b" " * 1000)
     with pytest.raises(UserError, match=r"rows\.jsonl:2: longer than 0 MB"):
         read_items(path)

@@ -16,10 +16,10 @@ from commands import environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tongkuan.errors import UserError
-from tongkuan.judge import check, score
-from tongkuan.model import TOP, pair_scores
-from tongkuan.records import format_embedding
+from tongkuan.base.errors import UserError
+from tongkuan.judge.check import check, score
+from tongkuan.model.towers import TOP, pair_scores
+from tongkuan.records.items import format_embedding
 
 SIMILARITY = (TOP / "submit" / "similarity.py").read_text(encoding="utf-8")
 ROWS = [
@@ -151,7 +151,7 @@ def test_a_strangers_similarity_that_fails_is_reported(submit: Path, code: str, 
 
 
 def test_a_similarity_that_never_ends_is_bounded(submit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tongkuan.guard.START_SECONDS", 1)
+    monkeypatch.setattr("tongkuan.judge.guard.START_SECONDS", 1)
     (submit / "similarity.py").write_text("while True: pass", encoding="utf-8")
     with pytest.raises(UserError, match="not done after 1 s"):
         score(submit, submit.parent / "pairs.jsonl")
@@ -197,7 +197,7 @@ if not os.fork():
 def test_no_process_of_a_similarity_outlives_the_score(
     submit: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    monkeypatch.setattr("tongkuan.guard.START_SECONDS", 2)
+    monkeypatch.setattr("tongkuan.judge.guard.START_SECONDS", 2)
     (submit / "similarity.py").write_text(HIDE + ending, encoding="utf-8")
     if ending == SIMILARITY:
         assert score(submit, submit.parent / "pairs.jsonl") == 1.0

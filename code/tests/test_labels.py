@@ -8,17 +8,16 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripts import load_script
 from test_main import error_of
 from test_train import metrics_of
 from worlds import make_data, tiny_preset, write_jsonl
 
+from data_scripts import split
 from tongkuan.__main__ import main
-from tongkuan.checkpoint import load_model
-from tongkuan.labels import contradiction_note, contradictory, only_label
-from tongkuan.records import Pair, read_pairs
+from tongkuan.model.modelfile import load_model
+from tongkuan.records.items import Pair, read_pairs
+from tongkuan.records.labels import contradiction_note, contradictory, only_label
 
-split = load_script("split")
 Edit = Any
 STEPS = ("train.steps=4", "train.validate_every=2", "--nproc", "1")
 

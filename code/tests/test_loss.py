@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import load_script
 from test_resize import hand_out, images, ledger, noise, picture, run, snapshot
 
+from data_scripts import resize
+from data_scripts import sample as script
 from tongkuan.__main__ import main
-from tongkuan.errors import UserError
-from tongkuan.files import check_apart
-
-resize = load_script("resize")
+from tongkuan.base.errors import UserError
+from tongkuan.base.files import check_apart
 
 
 def lock(archive: Path) -> None:
@@ -223,7 +222,6 @@ def test_a_run_cut_short_is_ours_to_write_over(tmp_path: Path, monkeypatch: pyte
 @pytest.fixture
 def sample(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script, which draws no pictures."""
-    script = load_script("sample")
     monkeypatch.setattr(script, "encode_picture", lambda _, listing: listing.image_name.encode())
     return script
 

@@ -10,7 +10,7 @@ from commands import ok, run_verb
 from worlds import make_data, tiny_preset, write_jsonl
 
 from tongkuan.__main__ import SCRIPTS, VERBS, main
-from tongkuan.errors import UserError
+from tongkuan.base.errors import UserError
 
 
 def error_of(*words: object) -> str:

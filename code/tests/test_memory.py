@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from worlds import tiny_settings
 
-from tongkuan.config import ImageEncoder, Inputs, ModelSettings, Settings, TextEncoder, load_settings
-from tongkuan.data import Batch
-from tongkuan.distributed import Ranks
-from tongkuan.draw import Part
-from tongkuan.memory import MemoryEstimate, describe_memory, estimate_memory
-from tongkuan.model import TwoTowers, build, checkpoint_activations, text_config_of
-from tongkuan.records import Pair
-from tongkuan.train import Learner, Loaded, make_optimizer, train
+from tongkuan.encode.store import Batch
+from tongkuan.learn.batches import Part
+from tongkuan.learn.memory import MemoryEstimate, describe_memory, estimate_memory
+from tongkuan.learn.train import Learner, Loaded, make_optimizer, train
+from tongkuan.model.towers import TwoTowers, build, checkpoint_activations, text_config_of
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import Pair
+from tongkuan.settings import ImageEncoder, Inputs, ModelSettings, Settings, TextEncoder, load_settings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # BERT and Swin, as in the published recipe, with dropout and stochastic depth on.
@@ -203,7 +203,7 @@ def test_an_encoder_that_cannot_be_estimated_costs_no_run(monkeypatch: pytest.Mo
 def test_a_gpu_that_is_too_small_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     settings, model = bert_and_swin("text")
     expected = estimate(model, settings)
-    monkeypatch.setattr("tongkuan.memory.estimate_memory", lambda *_: expected)
+    monkeypatch.setattr("tongkuan.learn.memory.estimate_memory", lambda *_: expected)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (0, expected.peak - 1))
     gpu = Ranks(0, 1, torch.device("cuda", 0))
     assert "train.accumulate" in describe_memory(model, make_optimizer(model, settings.train), settings, gpu)

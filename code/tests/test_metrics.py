@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from tongkuan.metrics import Quality, average_precision, best_threshold, bootstrap, intervals, quality_at
+from tongkuan.base.metrics import Quality, average_precision, best_threshold, bootstrap, intervals, quality_at
 
 # Few distinct values: ties are the rule.
 CASES = st.lists(

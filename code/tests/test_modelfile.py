@@ -23,8 +23,8 @@ from test_main import predict as predict_words
 from test_release import Release, make_release
 
 from tongkuan.__main__ import main
-from tongkuan.checkpoint import load_model, parse_card
-from tongkuan.errors import UserError
+from tongkuan.base.errors import UserError
+from tongkuan.model.modelfile import load_model, parse_card
 
 HERE = Path("model.safetensors")
 JSON = st.recursive(

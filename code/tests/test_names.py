@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripts import load_script
 from test_resize import hand_out, images, ledger, picture, run
 
-from tongkuan.records import Item
-
-ledger_script = load_script("ledger")
-matching = load_script("matching")
-names = load_script("names")
+from data_scripts.linking import ledger as ledger_script
+from data_scripts.linking import matching, names
+from tongkuan.records.items import Item
 
 
 class Files:

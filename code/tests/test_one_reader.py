@@ -17,18 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from icc_profiles import cmyk, grey, rgb
 from PIL import Image
-from scripts import load_script
 from worlds import hand_out_pictures, read_jsonl, tiny_settings, write_jsonl
 
-from tongkuan import cache, pictures
-from tongkuan.config import DataSettings
-from tongkuan.data import ItemStore, side_of
-from tongkuan.predict import predict
-from tongkuan.records import Item
+from data_scripts import resize
+from tongkuan.encode import cache
+from tongkuan.encode.store import ItemStore, side_of
+from tongkuan.records import pictures
+from tongkuan.records.items import Item
 from tongkuan.report.faults import thumbnail
 from tongkuan.report.views import Pictures
+from tongkuan.result.predict import predict
+from tongkuan.settings import DataSettings
 
-resize = load_script("resize")
 TOP = Path(__file__).resolve().parents[2]
 SIZE = 24
 
@@ -155,7 +155,7 @@ def test_pictures_put_beside_resized_ones_are_squashed_to_their_side(tmp_path: P
 
 
 def test_the_caches_key_knows_the_reader(model: Path, tmp_path: Path) -> None:
-    assert {"pictures", "colours", "data"} <= set(cache.SOURCES)
+    assert {"records/pictures", "records/colours", "encode/store"} <= set(cache.SOURCES)
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(WHOLE["RGB"])
@@ -278,8 +278,8 @@ def test_the_report_shows_pictures_upright_and_in_their_colours(tmp_path: Path) 
 
 
 def test_nobody_else_opens_pictures() -> None:
-    for path in sorted([*(TOP / "code" / "tongkuan").rglob("*.py"), *(TOP / "data_scripts").glob("*.py")]):
-        if path.name == "pictures.py" and path.parent.name == "tongkuan":
+    for path in sorted([*(TOP / "code" / "tongkuan").rglob("*.py"), *(TOP / "data_scripts").rglob("*.py")]):
+        if path.name == "pictures.py" and path.parent.name == "records":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

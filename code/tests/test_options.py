@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from worlds import make_data, tiny_preset, tiny_settings
 
 from tongkuan.__main__ import SCRIPTS, VERBS, main, parser_of
-from tongkuan.command import Real, Whole
-from tongkuan.config import Section, Settings, load_settings
-from tongkuan.errors import UserError, entrypoint, quote
-from tongkuan.model import build, text_config_of
-from tongkuan.options import THRESHOLD
-from tongkuan.records import prediction_row, read_predictions
+from tongkuan.base.errors import UserError, entrypoint, quote
+from tongkuan.cli.command import Real, Whole
+from tongkuan.cli.options import THRESHOLD
+from tongkuan.model.towers import build, text_config_of
+from tongkuan.records.items import prediction_row, read_predictions
+from tongkuan.settings import Section, Settings, load_settings
 
 WILD = ("nan", "inf", "-inf", "1e999", "0", "-1", str(2**63), "", " 1", "1_000", "１２", "0x10", "-", "1,5", "½")
 SPELLED = (*WILD, ".nan", ".inf", "-.inf", "1.0e+999", "true", "[]", "1:30", "5e-1")  # as YAML reads them

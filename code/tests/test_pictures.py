@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tongkuan import pictures
+from tongkuan.records import pictures
 
 SIZE = 48
 

@@ -7,9 +7,9 @@ import pytest
 from worlds import tiny_preset, tiny_settings
 
 from tongkuan.__main__ import main
-from tongkuan.config import describe, load_settings, preset_names, resolve
-from tongkuan.errors import UserError
-from tongkuan.train import train
+from tongkuan.base.errors import UserError
+from tongkuan.learn.train import train
+from tongkuan.settings import describe, load_settings, preset_names, resolve
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:

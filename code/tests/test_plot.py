@@ -11,9 +11,9 @@ from commands import ok, run_verb
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tongkuan.errors import UserError
-from tongkuan.metrics import quality_at
-from tongkuan.plot import MAX_BINS, draw, histogram, plot
+from tongkuan.base.errors import UserError
+from tongkuan.base.metrics import quality_at
+from tongkuan.report.plot import MAX_BINS, draw, histogram, plot
 
 SIMILARITY = "def compute(a, b): return a[0] * b[0]"
 

@@ -10,15 +10,15 @@ from commands import ok, run_verb
 from safetensors.torch import save_file
 from worlds import write_jsonl
 
-from tongkuan.checkpoint import load_model
-from tongkuan.config import DataSettings
-from tongkuan.data import open_store
-from tongkuan.distributed import Ranks
-from tongkuan.encode import encode
-from tongkuan.errors import UserError
-from tongkuan.model import pair_scores
-from tongkuan.predict import predict
-from tongkuan.records import item_file, pair_file, read_items, read_pairs, read_predictions
+from tongkuan.base.errors import UserError
+from tongkuan.encode.encode import encode
+from tongkuan.encode.store import open_store
+from tongkuan.model.modelfile import load_model
+from tongkuan.model.towers import pair_scores
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import item_file, pair_file, read_items, read_pairs, read_predictions
+from tongkuan.result.predict import predict
+from tongkuan.settings import DataSettings
 
 SETTINGS = DataSettings(encode_batch=5)
 
@@ -52,7 +52,7 @@ def test_one_rank_and_two_write_identical_files(data: Path, model: Path, tmp_pat
 
 def test_cores_do_not_change_a_bit(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cores in (1, 3):
-        monkeypatch.setattr("tongkuan.encode.available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("tongkuan.encode.encode.available_cores", lambda cores=cores: cores)
         predict(data, "test", model, tmp_path / str(cores), SETTINGS)
     assert result(tmp_path / "1") == result(tmp_path / "3")
 
@@ -80,7 +80,7 @@ def test_swapped_sides_have_the_same_score(data: Path, model: Path, tmp_path: Pa
 def test_the_manifest_tells_what_made_the_result_and_nothing_of_when_or_where(
     data: Path, model: Path, tmp_path: Path
 ) -> None:
-    from tongkuan.files import sha256_of
+    from tongkuan.base.files import sha256_of
 
     for name in ("a", "b"):
         predict(data, "test", model, tmp_path / name, SETTINGS, threshold=0.25)
@@ -114,7 +114,7 @@ def test_a_failed_prediction_leaves_the_earlier_result_alone(
     def fail(*_: object) -> bytes:
         raise RuntimeError("disk gone")
 
-    monkeypatch.setattr("tongkuan.predict.prediction_row", fail)
+    monkeypatch.setattr("tongkuan.result.predict.prediction_row", fail)
     with pytest.raises(RuntimeError):
         predict(data, "test", model, tmp_path, SETTINGS, threshold=9.0)
     assert result(tmp_path) == before
@@ -122,7 +122,7 @@ def test_a_failed_prediction_leaves_the_earlier_result_alone(
 
 
 def test_evaluate_prints_the_figures_of_the_chosen_threshold(data: Path, model: Path) -> None:
-    from tongkuan.evaluate import evaluate
+    from tongkuan.result.evaluate import evaluate
 
     _, card = load_model(model)
     out = ok(run_verb("evaluate", "--data", data, "--model", model, "--encode-batch", 5))

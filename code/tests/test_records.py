@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tongkuan.attribute_syntax import plain
-from tongkuan.attributes import TEN_KEYS, item_text, normalise, parse_attributes
-from tongkuan.errors import UserError
-from tongkuan.records import (
+from tongkuan.base.errors import UserError
+from tongkuan.records.attribute_syntax import plain
+from tongkuan.records.attributes import TEN_KEYS, item_text, normalise, parse_attributes
+from tongkuan.records.items import (
     Item,
     Pair,
     format_embedding,

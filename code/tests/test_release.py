@@ -24,13 +24,13 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from worlds import TINY, make_data
 
 from tongkuan.__main__ import main
-from tongkuan.attributes import TEN_KEYS, item_text, normalise
-from tongkuan.checkpoint import load_model, save_model
-from tongkuan.config import DataSettings
-from tongkuan.files import sha256_of
-from tongkuan.model import TOP, pair_scores
-from tongkuan.predict import predict
-from tongkuan.records import Item, item_file, read_items, read_predictions
+from tongkuan.base.files import sha256_of
+from tongkuan.model.modelfile import load_model, save_model
+from tongkuan.model.towers import TOP, pair_scores
+from tongkuan.records.attributes import TEN_KEYS, item_text, normalise
+from tongkuan.records.items import Item, item_file, read_items, read_predictions
+from tongkuan.result.predict import predict
+from tongkuan.settings import DataSettings
 
 # What transformers and timm differ by, of numbers between -4 and 4 in fp32.
 TOLERANCE = 2e-5
@@ -383,8 +383,8 @@ def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A weights/ of its own, and a hub that is switched off."""
     folder = tmp_path / "weights"
     folder.mkdir()
-    monkeypatch.setattr("tongkuan.model.WEIGHTS_DIR", folder)
-    monkeypatch.setattr("tongkuan.release.WEIGHTS_DIR", folder)
+    monkeypatch.setattr("tongkuan.model.towers.WEIGHTS_DIR", folder)
+    monkeypatch.setattr("tongkuan.model.released.WEIGHTS_DIR", folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return folder

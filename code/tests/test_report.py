@@ -17,12 +17,13 @@ from PIL import Image
 from report_worlds import CLOSING, IMAGE, SCRIPT, World, make_world, write_rows
 from scipy import stats  # scikit-learn brings it
 
-from tongkuan.errors import UserError
-from tongkuan.metrics import intervals, quality_at
-from tongkuan.records import Pair
-from tongkuan.report import figures, report
+from tongkuan.base.errors import UserError
+from tongkuan.base.metrics import intervals, quality_at
+from tongkuan.records.items import Pair
+from tongkuan.report import figures
 from tongkuan.report.faults import contradictions
 from tongkuan.report.page import slider
+from tongkuan.report.report import report
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from browsers import assert_accessible, assert_quiet, emulate, opened
 from report_worlds import CLOSING, IMAGE, SCRIPT, World, make_world
 
-from tongkuan.metrics import quality_at
-from tongkuan.report import report
+from tongkuan.base.metrics import quality_at
+from tongkuan.report.report import report
 
 pytestmark = pytest.mark.slow
 # One turn of the slider as a reader has it: from the input event to what follows the next frame.

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from scripts import load_script
 
-from tongkuan.errors import UserError
+from data_scripts import resize
+from data_scripts.archives import sources
+from tongkuan.base.errors import UserError
 
-resize = load_script("resize")
-sources = load_script("sources")
 SIZE = 32
 
 

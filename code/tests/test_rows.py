@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tongkuan import rows
-from tongkuan.errors import UserError
-from tongkuan.records import Item, read_items, read_pairs, read_predictions
-from tongkuan.rows import is_given, read_rows
+from tongkuan.base.errors import UserError
+from tongkuan.records import rows
+from tongkuan.records.items import Item, read_items, read_pairs, read_predictions
+from tongkuan.records.rows import is_given, read_rows
 
 ROWS = [
     {"item_id": "a", "title": "纯棉T恤 短袖", "item_pvs": "品牌#:#甲"},

@@ -10,19 +10,16 @@ import orjson
 import pytest
 from commands import run_verb
 from PIL import Image
-from scripts import load_script
 
-from tongkuan.attributes import item_text, normalise, parse_attributes
-from tongkuan.errors import UserError
-from tongkuan.files import sha256_of
-from tongkuan.records import parse_item, read_items, read_pairs
+from data_scripts import sample
+from data_scripts import sample_words as words
+from tongkuan.base.errors import UserError
+from tongkuan.base.files import sha256_of
+from tongkuan.records.attributes import item_text, normalise, parse_attributes
+from tongkuan.records.items import parse_item, read_items, read_pairs
 
 SPLITS = ("train", "valid", "test")
 LOOK = ("category", "shape", "colour", "pattern")
-
-
-sample = load_script("sample")
-words = load_script("sample_words")
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ from test_train import state_bytes
 from worlds import tiny_preset, tiny_settings
 
 from tongkuan.__main__ import main
-from tongkuan.checkpoint import Run
-from tongkuan.distributed import Ranks, StopRequests, seconds_of
-from tongkuan.ending import describe
-from tongkuan.errors import UserError
-from tongkuan.group import LOST
-from tongkuan.launch import Fleet
-from tongkuan.model import TwoTowers
-from tongkuan.train import Learner, train
+from tongkuan.base.errors import UserError
+from tongkuan.cli.exits import describe
+from tongkuan.learn.train import Learner, train
+from tongkuan.model.modelfile import Run
+from tongkuan.model.towers import TwoTowers
+from tongkuan.ranks.group import Ranks, StopRequests, seconds_of
+from tongkuan.ranks.launch import Fleet
+from tongkuan.ranks.place import LOST
 
 LONG = ("train.steps=100000", "train.save_every=100000", "train.validate_every=100000")
 
@@ -191,7 +191,7 @@ def test_a_rank_that_is_far_ahead_stops_after_the_step_that_all_have_yet_to_take
 
 STUCK_IN_AN_OPERATOR = """
 import os, pathlib, torch
-from tongkuan.train import Learner
+from tongkuan.learn.train import Learner
 def step(self, number, loaded):
     pathlib.Path(os.environ["BEGUN"] + os.environ.get("RANK", "")).touch()
     torch.linalg.matrix_power(torch.rand(3000, 3000), 1 << 40)
@@ -253,8 +253,8 @@ def test_an_error_on_one_rank_is_told_once_and_ends_all(data: Path, tmp_path: Pa
 import os
 if os.environ.get("RANK") == "1":
     import torch
-    from tongkuan.files import UserError
-    from tongkuan.train import Learner
+    from tongkuan.base.files import UserError
+    from tongkuan.learn.train import Learner
     def step(*_): raise {error}
     Learner.step = step
 """
@@ -283,7 +283,7 @@ def test_ranks_end_with_their_launcher(data: Path, tmp_path: Path) -> None:
 
 LAST_SAVE_FAILS = """
 import errno, os
-from tongkuan.checkpoint import Run
+from tongkuan.model.modelfile import Run
 def save(self, *_):
     if os.environ.get("RANK") == "0":
         raise OSError(errno.ENOSPC, "No space left on device", "last.pt")

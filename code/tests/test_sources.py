@@ -28,12 +28,10 @@ from archive_worlds import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from scripts import load_script
 
-from tongkuan.pictures import UnreadableError
+from data_scripts.archives import file_names, sources
+from tongkuan.records.pictures import UnreadableError
 
-sources = load_script("sources")
-file_names = load_script("file_names")
 CHINESE = ["红色连衣裙.jpg", "图片/許功蓋內商品.jpg", "x/誠品手機殼.png"]
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import load_script
 
-from tongkuan.errors import UserError
-from tongkuan.records import Pair, read_items, read_pairs
+from data_scripts import split
+from tongkuan.base.errors import UserError
+from tongkuan.records.items import Pair, read_items, read_pairs
 
-split = load_script("split")
 Line = tuple[str, str, int | None]
 
 

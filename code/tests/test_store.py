@@ -10,12 +10,12 @@ import pytest
 import torch
 from worlds import tiny_settings
 
-from tongkuan.checkpoint import load_model
-from tongkuan.config import DataSettings
-from tongkuan.data import ItemStore, character_tokenizer, open_store
-from tongkuan.distributed import Ranks
-from tongkuan.encode import encode, length_batches
-from tongkuan.records import Item, item_file, read_items
+from tongkuan.encode.encode import encode, length_batches
+from tongkuan.encode.store import ItemStore, character_tokenizer, open_store
+from tongkuan.model.modelfile import load_model
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import Item, item_file, read_items
+from tongkuan.settings import DataSettings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

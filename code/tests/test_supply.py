@@ -11,7 +11,7 @@ import licences
 import orjson
 import pytest
 
-from tongkuan.errors import IMAGE
+from tongkuan.base.errors import IMAGE
 
 CODE = Path(__file__).resolve().parents[1]
 

@@ -12,13 +12,13 @@ from commands import ok, run_verb
 from safetensors.torch import load_file
 from worlds import tiny_preset, tiny_settings
 
-from tongkuan.config import Precision, TrainSettings
-from tongkuan.distributed import Ranks
-from tongkuan.draw import BatchDraw, Part, parts
-from tongkuan.errors import FaultError, UserError
-from tongkuan.model import build
-from tongkuan.records import Pair
-from tongkuan.train import Learner, Loaded, learning_rate_at, load_task, train
+from tongkuan.base.errors import FaultError, UserError
+from tongkuan.learn.batches import BatchDraw, Part, parts
+from tongkuan.learn.train import Learner, Loaded, learning_rate_at, load_task, train
+from tongkuan.model.towers import build
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import Pair
+from tongkuan.settings import Precision, TrainSettings
 
 CPU = torch.device("cpu")
 
@@ -119,7 +119,7 @@ def test_a_rank_computes_with_as_many_threads_as_asked(
         seen.append(torch.get_num_threads())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tongkuan.train.learn", learn)
+    monkeypatch.setattr("tongkuan.learn.train.learn", learn)
     try:
         with pytest.raises(KeyboardInterrupt):
             train(tiny_settings(tmp_path, "train.threads=3"), data, tmp_path / "run", tmp_path / "m.safetensors")
@@ -247,7 +247,7 @@ def test_a_batch_that_cannot_be_dealt_evenly_is_refused(data: Path, tmp_path: Pa
 
 
 def test_the_kept_model_is_the_best_and_carries_its_threshold(model: Path) -> None:
-    from tongkuan.checkpoint import load_model
+    from tongkuan.model.modelfile import load_model
 
     _, card = load_model(model)
     rows = [row for row in metrics_of(model.parent / "run") if "valid_f1" in row]

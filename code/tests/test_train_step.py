@@ -15,12 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import tiny_settings
 
-from tongkuan.config import Settings, TrainSettings
-from tongkuan.distributed import Ranks
-from tongkuan.draw import BatchDraw, parts
-from tongkuan.model import build
-from tongkuan.records import Pair
-from tongkuan.train import Learner, load_task, make_optimizer, train, validate
+from tongkuan.learn.batches import BatchDraw, parts
+from tongkuan.learn.train import Learner, load_task, make_optimizer, train, validate
+from tongkuan.model.towers import build
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import Pair
+from tongkuan.settings import Settings, TrainSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -107,8 +107,8 @@ def test_the_log_alone_reads_numbers(data: Path, tmp_path: Path, monkeypatch: py
         read.append(tensor)
         return as_float(tensor)
 
-    monkeypatch.setattr("tongkuan.train.validate", lambda *_: None)
-    monkeypatch.setattr("tongkuan.train.shutil.copyfileobj", lambda *_: None)
+    monkeypatch.setattr("tongkuan.learn.train.validate", lambda *_: None)
+    monkeypatch.setattr("tongkuan.learn.train.shutil.copyfileobj", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "__float__", counted)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.safetensors").touch()
@@ -123,7 +123,7 @@ def test_the_wait_for_data_is_shown_and_kept_out_of_the_metrics(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[dict[str, Any]] = []
-    monkeypatch.setattr("tongkuan.train.tqdm.set_postfix", lambda _, **figures: shown.append(figures))
+    monkeypatch.setattr("tongkuan.learn.train.tqdm.set_postfix", lambda _, **figures: shown.append(figures))
     train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model.safetensors")
     assert shown and all(figures["data_wait"].endswith(" ms") for figures in shown)
     rows = [orjson.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
@@ -193,9 +193,9 @@ def test_pairs_per_second_are_counted_with_no_terminal_to_show_them(
         validate(*rest)
 
     take_step = Learner.step
-    monkeypatch.setattr("tongkuan.train.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("tongkuan.learn.train.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Learner, "step", step)
-    monkeypatch.setattr("tongkuan.train.validate", validate_slowly)
+    monkeypatch.setattr("tongkuan.learn.train.validate", validate_slowly)
     settings = tiny_settings(tmp_path, f"train.log_every={log_every}", "train.steps=7", "train.validate_every=3")
     train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")
     speeds = speeds_of(tmp_path / "run")

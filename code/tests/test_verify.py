@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tongkuan.config import DataSettings
-from tongkuan.errors import UserError
-from tongkuan.predict import predict
-from tongkuan.verify import explain, verify
+from tongkuan.base.errors import UserError
+from tongkuan.result.predict import predict
+from tongkuan.result.verify import explain, verify
+from tongkuan.settings import DataSettings
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from test_release import Release, make_release
 from torch import nn
 
 from tongkuan.__main__ import main
-from tongkuan.checkpoint import load_model
-from tongkuan.errors import UserError
-from tongkuan.wrappings import STEPS, unwrap
+from tongkuan.base.errors import UserError
+from tongkuan.model.modelfile import load_model
+from tongkuan.model.wrappings import STEPS, unwrap
 
 State = dict[str, torch.Tensor]
 HERE = Path("x.pth")

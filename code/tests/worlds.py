@@ -7,7 +7,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from tongkuan.config import Settings, load_settings
+from tongkuan.settings import Settings, load_settings
 
 TINY = """
 model:

@@ -9,44 +9,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tongkuan import options
-from tongkuan.command import Parser
-from tongkuan.ending import report_error, stop
-from tongkuan.errors import UserError, clip, entrypoint, nearest
-from tongkuan.files import check_apart_from_data
-from tongkuan.group import alone, awaited, find_place, forget, is_own_rank
-from tongkuan.terminal import close_streams, open_streams, say
+from tongkuan.base.errors import UserError, clip, entrypoint, nearest
+from tongkuan.base.files import check_apart_from_data
+from tongkuan.base.terminal import close_streams, open_streams, say
+from tongkuan.cli import options
+from tongkuan.cli.command import Parser
+from tongkuan.cli.exits import report_error, stop
+from tongkuan.ranks.place import alone, awaited, find_place, forget, is_own_rank
 
-DATA_SCRIPTS = Path(__file__).resolve().parents[2] / "data_scripts"
 FEW_RANKS = 16  # so many may be asked for on any machine without GPUs
 
 Arguments = argparse.Namespace
 
 
 def run_settings(arguments: Arguments) -> None:
-    from tongkuan.config import describe, resolve
+    from tongkuan.settings import describe, resolve
 
     print(describe(resolve(arguments.preset, arguments.overrides)))
     print(f"# next: {entrypoint('train', '--preset', arguments.preset)}")
 
 
 def run_train(arguments: Arguments) -> None:
-    from tongkuan.config import load_settings
+    from tongkuan.settings import load_settings
 
     run_dir = arguments.run or Path("runs") / Path(arguments.preset).stem
     settings = load_settings(arguments.preset, arguments.overrides)
     if arguments.dry_run:
-        from tongkuan.plan import plan_training
+        from tongkuan.dryrun import plan_training
 
         plan_training(settings, arguments.data, run_dir)
         return
-    from tongkuan.train import train
+    from tongkuan.learn.train import train
 
     train(settings, arguments.data, run_dir, arguments.model)
 
 
 def run_weights(arguments: Arguments) -> None:
-    from tongkuan.release import fetch_encoders, import_release
+    from tongkuan.model.released import fetch_encoders, import_release
 
     preset, overrides = arguments.preset, arguments.overrides
     if arguments.model is None:
@@ -56,8 +55,8 @@ def run_weights(arguments: Arguments) -> None:
 
 
 def run_evaluate(arguments: Arguments) -> None:
-    from tongkuan.config import DataSettings
-    from tongkuan.evaluate import evaluate
+    from tongkuan.result.evaluate import evaluate
+    from tongkuan.settings import DataSettings
 
     settings = DataSettings(encode_batch=arguments.encode_batch)
     evaluate(
@@ -72,12 +71,12 @@ def run_evaluate(arguments: Arguments) -> None:
 
 
 def run_predict(arguments: Arguments) -> None:
-    from tongkuan.config import DataSettings
-    from tongkuan.predict import predict
+    from tongkuan.result.predict import predict
+    from tongkuan.settings import DataSettings
 
     settings = DataSettings(encode_batch=arguments.encode_batch)
     if arguments.dry_run:
-        from tongkuan.plan import plan_prediction
+        from tongkuan.dryrun import plan_prediction
 
         plan_prediction(arguments.data, arguments.split, arguments.model, settings, arguments.precision)
         return
@@ -94,38 +93,38 @@ def run_predict(arguments: Arguments) -> None:
 
 
 def run_verify(arguments: Arguments) -> None:
-    from tongkuan.verify import verify
+    from tongkuan.result.verify import verify
 
     verify(arguments.submit, arguments.data, arguments.model)
 
 
 def run_check(arguments: Arguments) -> None:
-    from tongkuan.judge import check
+    from tongkuan.judge.check import check
 
     check(arguments.submit, arguments.pairs)
 
 
 def run_score(arguments: Arguments) -> None:
-    from tongkuan.judge import score
+    from tongkuan.judge.check import score
 
     score(arguments.submit, arguments.pairs)
 
 
 def run_plot(arguments: Arguments) -> None:
-    from tongkuan.plot import plot
+    from tongkuan.report.plot import plot
 
     plot(arguments.submit, arguments.pairs, arguments.out or arguments.submit / "scores.svg")
 
 
 def run_report(arguments: Arguments) -> None:
-    from tongkuan.report import report
+    from tongkuan.report.report import report
 
     out = arguments.out or arguments.submit / "report.html"
     report(arguments.submit, arguments.pairs, arguments.data, out, arguments.run, arguments.against)
 
 
 def run_explain(arguments: Arguments) -> None:
-    from tongkuan.explain import explain
+    from tongkuan.report.explain import explain
 
     explain(
         arguments.pair,
@@ -267,9 +266,7 @@ def usage() -> str:
 
 def script(name: str) -> ModuleType:
     """One of data_scripts/, by its verb."""
-    if str(DATA_SCRIPTS) not in sys.path:
-        sys.path.insert(0, str(DATA_SCRIPTS))
-    return importlib.import_module(name)
+    return importlib.import_module(f"data_scripts.{name}")
 
 
 def parser_of(name: str) -> Parser:
@@ -303,7 +300,7 @@ def main(argv: Sequence[str]) -> int:
         given = {option: path for option, path in vars(arguments).items() if path is not None}
         check_apart_from_data(arguments.data, *([given[o] for o in kind if o in given] for kind in (folders, files)))
     if name in RANKED and (count := num_ranks(arguments.nproc)) > 1:
-        from tongkuan.launch import launch
+        from tongkuan.ranks.launch import launch
 
         return launch(count, argv)
     VERBS[name].run(arguments)
@@ -329,7 +326,7 @@ def num_ranks(asked: int | None) -> int:
         return 1
     import torch
 
-    from tongkuan.processor import available_cores
+    from tongkuan.base.machine import available_cores
 
     gpus = torch.cuda.device_count()
     if asked is None:

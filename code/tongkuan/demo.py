@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from tongkuan.errors import entrypoint
-from tongkuan.files import check_writable
-from tongkuan.judge import score
+from tongkuan.base.errors import entrypoint
+from tongkuan.base.files import check_writable
+from tongkuan.judge.check import score
 
 Verb = Callable[[Sequence[str]], int]
 RANKS = 2  # without a GPU: small operators gain nothing from a second thread, a second rank halves the time

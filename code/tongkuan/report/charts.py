@@ -10,9 +10,9 @@ import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
-from tongkuan.metrics import Labels, Quality, Scores
-from tongkuan.plot import histogram
+from tongkuan.base.metrics import Labels, Quality, Scores
 from tongkuan.report.figures import MAX_POINTS, Bin
+from tongkuan.report.plot import histogram
 
 HEIGHT = 220
 NOW = alt.NamedData(name="now")

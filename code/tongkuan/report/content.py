@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tongkuan.attributes import AttributeStyle
-from tongkuan.files import sha256_of
-from tongkuan.metrics import Scores, average_precision, best_threshold, quality_at
-from tongkuan.records import Item
+from tongkuan.base.files import sha256_of
+from tongkuan.base.metrics import Scores, average_precision, best_threshold, quality_at
+from tongkuan.records.attributes import AttributeStyle
+from tongkuan.records.items import Item
 from tongkuan.report import charts, figures, views
 from tongkuan.report.faults import Contradiction, Twin
 from tongkuan.report.page import packed, slider

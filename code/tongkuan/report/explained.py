@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tongkuan.attributes import AttributeStyle
-from tongkuan.pictures import read_image
-from tongkuan.records import Item, Pair
+from tongkuan.records.attributes import AttributeStyle
+from tongkuan.records.items import Item, Pair
+from tongkuan.records.pictures import read_image
 from tongkuan.report.charts import finished, inline
 from tongkuan.report.page import render
 from tongkuan.report.views import MAX_VALUE, Pictures, clipped, item_views

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from tongkuan.pictures import UnreadableError, open_picture, read_file
-from tongkuan.processor import available_cores
-from tongkuan.records import Item, Pair, components, item_file, pair_file, read_items, read_pairs
+from tongkuan.base.machine import available_cores
+from tongkuan.records.items import Item, Pair, components, item_file, pair_file, read_items, read_pairs
+from tongkuan.records.pictures import UnreadableError, open_picture, read_file
+from tongkuan.records.rows import is_given
 from tongkuan.report.views import Pictures
-from tongkuan.rows import is_given
 
 SIDES = ("train", "valid")
 THUMBNAIL = 8  # pixels a side

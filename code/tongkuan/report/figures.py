@@ -9,7 +9,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from tongkuan.metrics import Labels, Quality, Scores, bootstrap, intervals, quality_at
+from tongkuan.base.metrics import Labels, Quality, Scores, bootstrap, intervals, quality_at
 
 MAX_POINTS = 400  # of a curve: no screen shows more
 CALIBRATION_BINS = 10

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tongkuan.attributes import TEN_KEYS, AttributeStyle, attributes_of, normalise
-from tongkuan.pictures import UnreadableError, open_picture, read_file
-from tongkuan.records import Item, Pair
+from tongkuan.records.attributes import TEN_KEYS, AttributeStyle, attributes_of, normalise
+from tongkuan.records.items import Item, Pair
+from tongkuan.records.pictures import UnreadableError, open_picture, read_file
 from tongkuan.report.result import Result
 
 MAX_PICTURED = 200  # pairs

@@ -1,0 +1,1 @@
+"""The command line: options, verbs, how a process ends. No torch at import."""

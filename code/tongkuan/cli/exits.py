@@ -1,0 +1,79 @@
+"""How a verb ends that does not come to its end: errors as one line and an exit code, signals.
+
+No torch here: a wrong option is answered at once.
+"""
+
+import os
+import sys
+import traceback
+from contextlib import suppress
+
+from tongkuan.base.errors import NO_ROOM, FaultError, LostError, UserError, clip, is_out_of_memory, one_line
+from tongkuan.base.terminal import CLOSED_PIPE, readers_gone, redirect_to_nowhere, say
+from tongkuan.ranks.place import LOST, TELL, is_own_rank
+
+SHORTAGE = {
+    "train": "lower train.pairs or model.image.size, raise train.accumulate, or set train.checkpoint_activations=true "
+    "or train.precision=bf16",
+    "predict": "lower --encode-batch, or start fewer ranks with --nproc",
+}
+SAME_ADVICE = {"demo": "train", "evaluate": "predict", "verify": "predict"}
+
+
+def stop(number: int, _frame: object) -> None:
+    """A request to end (as `docker stop` makes) ends like Ctrl-C: temporary files go, then exit 143."""
+    sys.exit(128 + number)
+
+
+def report_error(error: BaseException, verb: str) -> int:
+    """Say what ended a verb, in one line if it is not a mistake of ours; its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        if not is_own_rank() or os.environ.get("RANK") == "0":
+            say("tongkuan: interrupted; the same command goes on from the last checkpoint")
+        return 130
+    if isinstance(error, BrokenPipeError) and (gone := readers_gone()):  # as `| head` does when it has seen enough
+        redirect_to_nowhere(*gone)
+        if is_own_rank():
+            os._exit(CLOSED_PIPE)  # ending in order would wait for the other ranks
+        return CLOSED_PIPE
+    if isinstance(error, PermissionError):  # of a folder on the way to a file, where nobody looks for it
+        reason = f"not to be reached as UID {os.geteuid()} ({str(error.strerror).lower()})"
+        error = UserError(f"{error.filename}: {reason}; let this user in, or be another (docker: --user)")
+    code = 2 if isinstance(error, UserError) else 1
+    line = describe(error, verb)
+    if not line:
+        with suppress(OSError, ValueError):
+            traceback.print_exception(error)
+        if not is_own_rank():
+            return code
+        line = f"{type(error).__name__} {clip(str(error), 200)}; its traceback stands above"
+    if is_own_rank():
+        tell(line, LOST if isinstance(error, LostError) else code)
+    say(f"tongkuan: {line}")
+    return code
+
+
+def describe(error: BaseException, verb: str) -> str:
+    """An error as a line that says what to do; empty for a mistake of ours."""
+    if isinstance(error, UserError | FaultError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        advice = "files that were there before are whole; make room and run the same command again"
+        return one_line(f"{error.filename or 'no more room'}: {error.strerror}; {advice}")
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        advice = "set LC_ALL=C.UTF-8 and run the same command again"
+        return f"{clip(error.object)}: no file can have this name where names are written in {error.encoding}; {advice}"
+    if is_out_of_memory(error):
+        advice = SHORTAGE.get(SAME_ADVICE.get(verb, verb), "give it more, or less to do")
+        notes = getattr(error, "__notes__", [])
+        return one_line("; ".join([f"out of memory ({clip(str(error), 160)})", *notes, advice]))
+    return ""
+
+
+def tell(line: str, code: int) -> None:
+    """As one of several ranks, tell the launcher, which prints the first that it is told, and end."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os.write(int(os.environ[TELL]), f"{code} {line}\n".encode(errors="backslashreplace"))
+    os._exit(code)  # ending in order would wait for the other ranks

@@ -1,0 +1,1 @@
+"""From items to embeddings: tensors, batches, the cache on disk."""

@@ -1,0 +1,300 @@
+"""From items to tensors: tokenise, decode, batch, prefetch, augment."""
+
+import functools
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn import functional
+
+from tongkuan.base.errors import UserError
+from tongkuan.model.towers import locate, unreachable
+from tongkuan.records.attributes import coverage_lines, item_text
+from tongkuan.records.items import Item
+from tongkuan.records.pictures import SIDE, UnreadableError, prepared_side, read_image
+from tongkuan.settings import Augmentation, ImageEncoder, ModelSettings, TextEncoder
+
+T = TypeVar("T")
+U = TypeVar("U")
+LOOKED_AT = 1000  # pictures, to find one that resize has made
+LONGEST_ROW = 1 << 16  # bytes, of a ledger
+
+KEPT_BESIDE = 250  # bytes that keeping an array takes beside its numbers: the object, its place in a dictionary
+TEXTS_AT_ONCE = 1024  # tokenised together when only their lengths are asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """N items. images uint8 (N, 3, S, S), a row of zeros where has_image (N,) is False; ids and mask int64 (N, T)."""
+
+    images: Tensor
+    has_image: Tensor
+    ids: Tensor
+    mask: Tensor
+
+    def pin(self) -> "Batch":
+        """The same batch in memory that a GPU reads by itself, while the CPU does other things."""
+        return Batch(*(tensor.pin_memory() for tensor in (self.images, self.has_image, self.ids, self.mask)))
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        tensors = (self.images, self.has_image, self.ids, self.mask)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def character_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """One token a character, the most frequent first: for a text encoder that starts from nothing."""
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    counts = Counter(character for text in texts for character in normalizer.normalize_str(text))
+    ordered = sorted(counts, key=lambda character: (-counts[character], character))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ordered]
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    return tokenizer
+
+
+def build_tokenizer(settings: TextEncoder, texts: Iterable[str]) -> Tokenizer:
+    """The encoder's own fast tokenizer; for a random encoder, characters of the training texts."""
+    kind, place = locate(settings.weights)
+    if kind == "random":
+        return character_tokenizer(texts)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False).backend_tokenizer
+    except Exception as error:  # as in model.build_text
+        raise unreachable(place, error) from error
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def side_of(image_dir: Path) -> int:
+    """Pixels a side of the pictures that resize made in a folder; SIDE where there is none among the first LOOKED_AT.
+
+    Those put there by hand are read as if resize had made them with the others.
+    """
+    names = made_by_resize(image_dir.parent / "ledger.jsonl")
+    try:
+        names = sorted(path.name for path in image_dir.iterdir()) if names is None else names
+    except OSError:
+        names = []
+    sides = (prepared_side(image_dir / name) for name in names[:LOOKED_AT])
+    return next(filter(None, sides), SIDE)
+
+
+def made_by_resize(ledger: Path) -> list[str] | None:
+    """The first pictures of resize's ledger, at most LOOKED_AT; None without one that can be read."""
+    try:
+        with ledger.open("rb") as file:
+            rows = [orjson.loads(line) for line in islice(iter(lambda: file.readline(LONGEST_ROW), b""), LOOKED_AT)]
+        return [Path(row["image"]).name for row in rows if row["image"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def normalised(batch: Batch, settings: ImageEncoder) -> Tensor:
+    """float32 (N, 3, S, S): RGB / 255 less mean, over deviation; a missing picture is all 0, the mean's grey."""
+    mean = torch.tensor(settings.mean, device=batch.images.device).view(1, 3, 1, 1)
+    deviation = torch.tensor(settings.deviation, device=batch.images.device).view(1, 3, 1, 1)
+    images = (batch.images.float() / 255 - mean) / deviation
+    # Channels last is the layout in which convolutions are fastest, on CPU and GPU.
+    return (images * batch.has_image.view(-1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
+
+
+class ItemStore:
+    """Items by id, turned into batches; safe for threads.
+
+    Decoded pictures and tokens are kept, `cache_mb` of both together in each store of each rank; what is beyond is
+    read and tokenised at each visit anew.
+    """
+
+    def __init__(
+        self,
+        items: Mapping[str, Item],
+        image_dir: Path,
+        settings: ModelSettings,
+        tokenizer: Tokenizer | None,
+        cache_mb: int = 0,
+    ) -> None:
+        self.items, self.image_dir, self.settings, self.tokenizer = items, image_dir, settings, tokenizer
+        self.unreadable: set[str] = set()
+        self._images: dict[str, NDArray[np.uint8]] = {}
+        self._tokens: dict[str, NDArray[np.int32]] = {}
+        self._room = cache_mb << 20
+        self._lock = threading.Lock()
+        if tokenizer is not None:
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(settings.text.max_tokens)
+            self._pad = tokenizer.token_to_id("[PAD]") or 0
+
+    def tokens(self, item_ids: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Token ids (T,) of each item's text, T at most max_tokens, [CLS] first; (0,) for a model without texts."""
+        if self.tokenizer is None:
+            return [np.zeros(0, dtype=np.int32) for _ in item_ids]
+        found = {item_id: kept for item_id in item_ids if (kept := self._tokens.get(item_id)) is not None}
+        new = [item_id for item_id in item_ids if item_id not in found]
+        for item_id, encoding in zip(new, self.tokenizer.encode_batch([*map(self.text, new)]), strict=True):
+            found[item_id] = np.array(encoding.ids, dtype=np.int32)
+            self._keep(self._tokens, item_id, found[item_id])
+        return [found[item_id] for item_id in item_ids]
+
+    def lengths(self, item_ids: Sequence[str]) -> list[int]:
+        """Number of tokens of each item's text."""
+        starts = range(0, len(item_ids), TEXTS_AT_ONCE)
+        return [len(row) for start in starts for row in self.tokens(item_ids[start : start + TEXTS_AT_ONCE])]
+
+    def _keep(self, kept: dict[str, NDArray[Any]], name: str, array: NDArray[Any]) -> None:
+        """Hold an array for the next visit, if there is room."""
+        with self._lock:
+            size = array.nbytes + KEPT_BESIDE
+            if self._room >= size and name not in kept:
+                kept[name] = array
+                self._room -= size
+
+    def text(self, item_id: str) -> str:
+        """What is read of the item."""
+        return item_text(self.items[item_id], self.settings.attribute_keys, self.settings.attributes)
+
+    def picture(self, item_id: str) -> str:
+        """Name of the item's picture file, empty when it has none or the model looks at none."""
+        return self.items[item_id].image_name if self.settings.inputs != "text" else ""
+
+    @functools.cached_property
+    def side(self) -> int:
+        """What pictures put by hand are squashed to before the model's size, as `side_of` has it."""
+        return side_of(self.image_dir)
+
+    def image(self, item_id: str) -> NDArray[np.uint8] | None:
+        """The item's picture (3, S, S), or None when it has none or it cannot be read (then `unreadable` knows)."""
+        name = self.picture(item_id)
+        if not name:
+            return None
+        if (kept := self._images.get(name)) is not None:
+            return kept
+        try:
+            image = read_image(self.image_dir / name, self.settings.image.size, self.side)
+        except UnreadableError:
+            with self._lock:
+                self.unreadable.add(name)
+            return None
+        self._keep(self._images, name, image)
+        return image
+
+    def batch(self, item_ids: Sequence[str]) -> Batch:
+        """Tensors of the items in this order, texts padded to the longest."""
+        size = self.settings.image.size if self.settings.inputs != "text" else 1
+        images = np.zeros((len(item_ids), 3, size, size), dtype=np.uint8)
+        has_image = np.zeros(len(item_ids), dtype=bool)
+        for row, item_id in enumerate(item_ids):
+            if (image := self.image(item_id)) is not None:
+                images[row], has_image[row] = image, True
+        tokens = self.tokens(item_ids)
+        width = max(1, *(len(row) for row in tokens))
+        ids = np.full((len(item_ids), width), self._pad if self.tokenizer else 0, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for number, row_tokens in enumerate(tokens):
+            ids[number, : len(row_tokens)] = row_tokens
+            mask[number, : len(row_tokens)] = 1
+        return Batch(*(torch.from_numpy(array) for array in (images, has_image, ids, mask)))
+
+    def coverage(self) -> list[str]:
+        """Lines on what the items have of the attributes that the model reads; none when it reads no text."""
+        if self.settings.inputs == "image":
+            return []
+        return coverage_lines(self.items.values(), self.settings.attribute_keys, self.settings.attributes)
+
+    def complaint(self) -> str:
+        """One line on pictures that count as blank, empty when there are none."""
+        if not self.unreadable:
+            return ""
+        first = self.image_dir / min(self.unreadable)
+        return f"{len(self.unreadable)} pictures are missing or unreadable and count as blank, first {first}"
+
+
+def open_store(
+    items: Mapping[str, Item], data_dir: Path, settings: ModelSettings, tokenizer: Tokenizer | None, cache_mb: int
+) -> ItemStore:
+    """An ItemStore over `data_dir`/images; UserError when items name pictures and that folder is not there."""
+    image_dir = data_dir / "images"
+    wants = settings.inputs != "text" and any(item.image_name for item in items.values())
+    if wants and not image_dir.is_dir():
+        raise UserError(f"{image_dir}: no such folder; put the items' pictures there or run ./entrypoint.sh resize")
+    return ItemStore(items, image_dir, settings, tokenizer, cache_mb)
+
+
+def prefetch(jobs: Iterable[T], work: Callable[[T], U], workers: int) -> Generator[U]:
+    """work(job) for each job, in order, computed ahead by threads; no more than 2 x workers results wait."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="prefetch") as pool:
+        waiting: deque[Future[U]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+def augment(
+    images: Tensor,
+    mask: Tensor,
+    settings: Augmentation,
+    seed: int,
+    step: int,
+    rows: Sequence[int],
+    batch: int,
+    max_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Changed images (N, 3, S, S) and mask (N, T) of the items `rows` of a global batch of `batch` items.
+
+    What happens to a row depends on seed, step and its place in the global batch alone: not on ranks, nor on how far
+    its part is padded (T is max_tokens at most), nor on whether the run was interrupted.
+    """
+    draws = np.random.default_rng((seed, step, 1)).random((batch, 8), dtype=np.float32)[list(rows)]
+    chance = torch.from_numpy(draws).to(images.device)
+    if settings.crop or settings.flip:
+        scale = 1 - settings.crop * chance[:, 0:2]
+        shift = (1 - scale) * (2 * chance[:, 2:4] - 1)
+        mirror = torch.where(chance[:, 4] < settings.flip, -1.0, 1.0)
+        theta = torch.zeros(len(rows), 2, 3, device=images.device)
+        theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale[:, 0] * mirror, scale[:, 1], shift
+        grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
+        images = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    if settings.color:
+        change = settings.color * (2 * chance[:, 5:7] - 1)
+        images = images * (1 + change[:, 0, None, None, None]) + change[:, 1, None, None, None]
+    if settings.drop_image:
+        images = images * (chance[:, 7] >= settings.drop_image).view(-1, 1, 1, 1)
+    if settings.drop_text:
+        draws = np.random.default_rng((seed, step, 2)).random((batch, max_tokens - 1), dtype=np.float32)
+        keep = draws[list(rows), : mask.shape[1] - 1] >= settings.drop_text
+        kept = torch.from_numpy(keep).to(mask.device)
+        mask = torch.cat([mask[:, :1], mask[:, 1:] * kept], dim=1)  # [CLS] stays: its output is the text
+    return images, mask

@@ -1,0 +1,1 @@
+"""The judges' side: the contract of a result, and its similarity.py run under guard."""

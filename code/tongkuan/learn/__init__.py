@@ -1,0 +1,1 @@
+"""Training: which pairs a step sees, the step, the run folder, the loop."""

@@ -1,0 +1,1 @@
+"""The two towers: network, encoders, model files, checkpoints of the published entry."""

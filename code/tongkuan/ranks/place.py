@@ -1,0 +1,89 @@
+"""Which group of ranks the environment names this process to, as launchers have it. No torch here.
+
+A cluster sets these variables in every shell of a job, also where nobody has launched ranks.
+"""
+
+import os
+from dataclasses import dataclass
+
+from tongkuan.base.errors import UserError, clip
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MOST_RANKS = 100_000
+# Set by our own launcher for its ranks: its process id, and the descriptor on which a rank tells what ended it.
+LAUNCHER, TELL = "TONGKUAN_LAUNCHER", "TONGKUAN_TELL"
+LOST = 3  # what a rank tells it instead of exit code 1 when all that it knows is that another one has gone
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This process among the ranks of its group; alone when there are no others."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    """Among the ranks of this machine: which GPU it takes."""
+    has_launcher: bool = False
+    """Whether a launcher has started a process a GPU already."""
+    address: str = ""
+    port: int = 0
+
+
+def is_own_rank() -> bool:
+    """Whether our own launcher has started this process."""
+    return os.environ.get(LAUNCHER) == str(os.getppid()) and TELL in os.environ
+
+
+def find_place() -> Place:
+    """The place that the environment names. UserError when it names half of one, or one that cannot be."""
+    given = {name: os.environ[name].strip() for name in VARIABLES if os.environ.get(name, "").strip()}
+    ranks = [name for name in ("RANK", "LOCAL_RANK") if given.get(name, "0") != "0"]
+    if "WORLD_SIZE" not in given:
+        if not ranks and not given.keys() >= {"RANK", "MASTER_ADDR"}:
+            return Place()
+        name = (ranks or ["RANK"])[0]
+        raise UserError(f"{name}={clip(given[name])[1:-1]} is set and WORLD_SIZE is not; set it too, or {alone()}")
+    count = whole(given, "WORLD_SIZE", 1, MOST_RANKS)
+    if count > 1 and (missing := [name for name in VARIABLES if name != "LOCAL_RANK" and name not in given]):
+        raise UserError(f"WORLD_SIZE={count} is set and {', '.join(missing)} not; set what is missing, or {alone()}")
+    return Place(
+        whole(given, "RANK", 0, count - 1),
+        count,
+        whole(given, "LOCAL_RANK", 0, count - 1),
+        "LOCAL_RANK" in given,
+        given.get("MASTER_ADDR", ""),
+        whole(given, "MASTER_PORT", 1, 65_535) if count > 1 else 0,
+    )
+
+
+def whole(given: dict[str, str], name: str, low: int, high: int) -> int:
+    """A variable's whole number from `low` to `high`; 0 when it is not given."""
+    text = given.get(name, "0")
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
+    if name in given and not low <= number <= high:
+        group = f", as WORLD_SIZE={given['WORLD_SIZE']}" if "RANK" in name else ""
+        raise UserError(
+            f"{name}={clip(text)[1:-1]}: no whole number from {low} to {high:,}{group}; set it, or {alone()}"
+        )
+    return number
+
+
+def alone() -> str:
+    """How to run without a group."""
+    return f"run alone after: unset {' '.join(name for name in VARIABLES if name in os.environ)}"
+
+
+def awaited(place: Place) -> str:
+    """Whom a rank waits for, and where."""
+    others = [str(rank) for rank in range(min(place.count, 10)) if rank != place.rank]
+    more = f" and {place.count - 10} more" if place.count > 10 else ""
+    return (
+        f"rank {place.rank} of WORLD_SIZE={place.count}, as the environment has it: meets rank{'s'[: len(others) > 1]} "
+        f"{', '.join(others)}{more} at {clip(place.address)[1:-1]}:{place.port}; {alone()}"
+    )
+
+
+def forget() -> None:
+    """Take the group out of the environment, for a verb that runs no ranks or only such as it starts itself."""
+    for name in VARIABLES:
+        os.environ.pop(name, None)

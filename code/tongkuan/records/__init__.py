@@ -1,0 +1,1 @@
+"""What users' files say: items, pairs, attributes, labels and pictures, each read in one place."""

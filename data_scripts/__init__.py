@@ -1,0 +1,1 @@
+"""From what the organiser hands out to what train reads: download, sample, resize, split, attributes. No torch."""

@@ -1,0 +1,1 @@
+"""Picture files of folders and archives, hostile ones included."""
