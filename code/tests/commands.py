@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 CODE = Path(__file__).resolve().parents[1]
@@ -24,3 +26,10 @@ def ok(done: subprocess.CompletedProcess[str]) -> str:
     """Its output, after it has exited with 0."""
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)

@@ -16,9 +16,9 @@ from commands import run_verb
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from release_worlds import Payload
+from resize_worlds import hand_out, images, ledger, picture, run
 from test_main import error_of, predict
-from test_release import Payload
-from test_resize import hand_out, images, ledger, picture, run
 from worlds import make_data, tiny_preset
 
 from data_scripts.archives import sources

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resize import hand_out, images, ledger, noise, picture, run, snapshot
+from resize_worlds import hand_out, images, ledger, noise, picture, run, snapshot
 
 from data_scripts import resize
 from data_scripts import sample as script

@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from release_worlds import Release, make_release
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_main import error_of
 from test_main import predict as predict_words
-from test_release import Release, make_release
 
 from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError

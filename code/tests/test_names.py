@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resize import hand_out, images, ledger, picture, run
+from resize_worlds import hand_out, images, ledger, picture, run
 
 from data_scripts.linking import ledger as ledger_script
 from data_scripts.linking import matching, names

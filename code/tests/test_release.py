@@ -6,20 +6,18 @@ transformers itself is the oracle: its BertModel and SwinModel, put together by 
 import pickle
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
 import pytest
 import torch
 from PIL import Image
+from release_worlds import WORDS, Payload, Release, make_release
 from safetensors.torch import load_file
 from test_main import error_of
-from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertModel, SwinConfig, SwinModel
+from transformers import AutoTokenizer, BertConfig
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 from worlds import TINY, make_data
 
@@ -34,7 +32,6 @@ from tongkuan.settings import DataSettings
 
 # What transformers and timm differ by, of numbers between -4 and 4 in fp32.
 TOLERANCE = 2e-5
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] 正 品 杯 子 大 ; , a ##0 ##1 ##2 ##3 ##4 ##5 iphone 14 pro cafe ##s ( ) kg ml"
 PARITY = [  # pixels, window, depths, heads, width
     pytest.param(32, 4, [2, 2], [1, 2], 8, id="map equals window in the last stage"),
     pytest.param(16, 4, [2], [2], 8, id="map equals window at once"),
@@ -51,85 +48,6 @@ PARITY = [  # pixels, window, depths, heads, width
     pytest.param(48, 4, [2, 2], [1, 2], 8, id="shifted map, padded by half a window"),
     pytest.param(384, 12, [2, 2, 2, 2], [1, 1, 1, 1], 4, id="384 pixels, window 12, as published"),
 ]
-
-
-@dataclass(frozen=True)
-class Release:
-    """A checkpoint as released, its text encoder's folder, and the networks it was saved from."""
-
-    path: Path
-    encoder: Path
-    size: int
-    swin: dict[str, Any]
-    towers: list[tuple[BertModel, SwinModel, nn.Linear]]
-
-    def words(self, out: Path, *more: object) -> list[str]:
-        """The verb that imports it."""
-        options = ("--model", self.path, "--text-encoder", self.encoder, "--out", out)
-        return ["weights", *map(str, options), *map(str, more), f"model.image.size={self.size}", *self.overrides()]
-
-    def overrides(self) -> list[str]:
-        arguments = orjson.dumps(self.swin | {"img_size": self.size}).decode()
-        return ["model.image.architecture=swin_tiny_patch4_window7_224", f"model.image.arguments={arguments}"]
-
-    def change(self, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-        """Save it again with an edited state."""
-        state = torch.load(self.path, weights_only=True)["params"]
-        edit(state)
-        torch.save({"params": state}, self.path)
-
-
-def randomise(network: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Every parameter random, none zero; transformers starts bias tables at 0 and LayerNorms at 1."""
-    with torch.no_grad():
-        for name, value in network.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if "norm" in name.lower() and name.endswith("weight"):
-                value.copy_(1 + 0.2 * noise)
-            elif value.ndim > 1 and "table" not in name and "embeddings.weight" not in name:
-                value.copy_(noise / value[0].numel() ** 0.5)
-            else:
-                value.copy_(0.5 * noise)
-    return network.eval()
-
-
-def make_release(
-    folder: Path, size: int = 32, window: int = 4, depths: Any = (2, 2), heads: Any = (1, 2), width: int = 8
-) -> Release:
-    """Small random towers, saved under the names of transformers 4.18, to which save_pretrained goes back."""
-    folder.mkdir(parents=True, exist_ok=True)
-    encoder = folder / "encoder"
-    words = WORDS.split()
-    bert = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=24,
-        max_position_embeddings=140,
-    )
-    bert.save_pretrained(encoder)
-    (encoder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    swin = {"window_size": window, "depths": list(depths), "num_heads": list(heads), "embed_dim": width}
-    generator = torch.Generator().manual_seed(size)
-    towers, state = [], {}
-    for number in (1, 2):
-        networks = {
-            "txt_encoder": BertModel(bert, add_pooling_layer=False),
-            "img_encoder": SwinModel(SwinConfig(image_size=size, **swin)),
-            "fc": nn.Linear(16 + width * 2 ** (len(depths) - 1), 6),
-        }
-        for name, network in networks.items():
-            randomise(network, generator)
-            if name == "fc":
-                saved = network.state_dict()
-            else:
-                network.save_pretrained(folder / name)
-                saved = load_file(folder / name / "model.safetensors")
-            state |= {f"{name}{number}.{key}": value for key, value in saved.items()}
-        towers.append(tuple(networks.values()))
-    torch.save({"params": state}, folder / "release.pth")
-    return Release(folder / "release.pth", encoder, size, swin, towers)
 
 
 @pytest.fixture(scope="module")
@@ -325,16 +243,6 @@ def test_parts_are_joined_and_a_gap_is_named(release: Release, tmp_path: Path) -
     for part in parts[:2]:
         part.unlink()
     assert "no such file, nor parts" in refused(release.words(tmp_path / "model"), tmp_path / "model")
-
-
-class Payload:
-    """Touches a file when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])

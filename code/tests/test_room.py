@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 from commands import environment, ok, run_verb
-from test_release import make_release
+from release_worlds import make_release
 from worlds import tiny_preset, write_jsonl
 
 Words = Callable[[Path, Path, Path], list[object]]  # of a data folder, a model and the folder that fills up

@@ -1,42 +1,30 @@
 """Requests to stop, ranks that die or hang, memory that runs out: nothing lost, one line, no process left behind."""
 
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import environment, ok, run_verb
+from commands import environment, ok, run_verb, wait_for
 from test_train import state_bytes
 from worlds import tiny_preset, tiny_settings
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
-from tongkuan.cli.exits import describe
 from tongkuan.learn.train import Learner, train
 from tongkuan.model.modelfile import Run
-from tongkuan.model.towers import TwoTowers
 from tongkuan.ranks.group import Ranks, StopRequests, seconds_of
 from tongkuan.ranks.launch import Fleet
 from tongkuan.ranks.place import LOST
 
 LONG = ("train.steps=100000", "train.save_every=100000", "train.validate_every=100000")
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
 
 
 def processes_naming(text: Path) -> list[str]:
@@ -353,60 +341,3 @@ def test_seconds_of_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("TONGKUAN_STUCK_SECONDS", wrong)
         with pytest.raises(UserError, match=f"TONGKUAN_STUCK_SECONDS={wrong}: not a positive number of seconds"):
             seconds_of("TONGKUAN_STUCK_SECONDS")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def out_of_memory(*_: object) -> torch.Tensor:
-    """What no machine has: the processor's allocator refuses it."""
-    return torch.empty(1 << 45)
-
-
-def test_a_training_without_memory_names_its_largest_part_and_what_to_lower(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Learner, "part_loss", out_of_memory)
-    with pytest.raises(RuntimeError) as caught:
-        train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model")
-    line = describe(caught.value, "train")
-    assert "out of memory" in line and "can't allocate memory" in line and "\n" not in line
-    assert "of a step's memory the activations take the most, " in line
-    for setting in ("train.pairs", "train.accumulate", "train.checkpoint_activations=true", "train.precision=bf16"):
-        assert setting in line
-
-
-@pytest.mark.parametrize("verb", ["predict", "evaluate"])
-def test_encoding_without_memory_names_the_batch(
-    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
-    monkeypatch.setattr(TwoTowers, "forward", out_of_memory)
-    words = [verb, "--data", data, "--model", model, *(["--submit", tmp_path] if verb == "predict" else [])]
-    with pytest.raises(RuntimeError) as caught:
-        main(list(map(str, words)))
-    line = describe(caught.value, verb)
-    assert line.startswith("out of memory (") and "lower --encode-batch" in line and "\n" not in line
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_process_with_too_little_memory_ends_in_one_line(data: Path, tmp_path: Path) -> None:
-    limit = 12 << 30  # bytes of addresses: torch alone takes half of them
-    own = tmp_path / "data"
-    shutil.copytree(data, own, ignore=shutil.ignore_patterns("*.png"))  # blank ones cost no time
-    command: Sequence[object] = (
-        *(sys.executable, "-m", "tongkuan", "train", "--preset", tiny_preset(tmp_path), "--data", own),
-        *("--run", tmp_path / "run", "--model", tmp_path / "model", "model.image.size=12000", "data.workers=1"),
-    )
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=240,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("tongkuan: out of memory ("), done.stderr[-2000:]
-    assert "the activations take the most" in done.stderr

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from release_worlds import Release, make_release
 from safetensors.torch import load_file, save_file
 from test_main import error_of
-from test_release import Release, make_release
 from torch import nn
 
 from tongkuan.__main__ import main
