@@ -35,6 +35,12 @@ def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.safetensors"
 
 
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Where raw files go."""
+    return tmp_path / "raw"
+
+
 @pytest.fixture(autouse=True)
 def without_estimate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is estimated only where a test asks for it: that is half the time of a tiny training."""

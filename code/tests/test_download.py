@@ -1,25 +1,21 @@
 """Downloads: lists of links, folders and parts are read for what they are; no half file gets a final name."""
 
-import io
 import itertools
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import ok, run_verb
-from download_worlds import CONTENT, JSONL, PARTS, ZIP, files, take
+from download_worlds import CONTENT, JSONL, PARTS, ZIP, files, folder_of, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_scripts import download
+from data_scripts.archives import sources
 from tongkuan.base.errors import UserError
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return tmp_path / "raw"
 
 
 class Killed(BaseException):
@@ -29,10 +25,7 @@ class Killed(BaseException):
 def test_killed_at_any_step_the_same_command_ends_with_the_same_files(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "from"
-    folder.mkdir()
-    for name, content in {JSONL: CONTENT[JSONL], **PARTS}.items():
-        (folder / name).write_bytes(content)
+    folder = folder_of(tmp_path / "from", {JSONL: CONTENT[JSONL], **PARTS})
     left = 0
 
     def count_down(method: str) -> None:
@@ -47,35 +40,29 @@ def test_killed_at_any_step_the_same_command_ends_with_the_same_files(
 
         monkeypatch.setattr(Path, method, step)
 
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     for method in ("replace", "unlink", "write_bytes", "open"):
         count_down(method)
     for steps in itertools.count(1):
-        target, left, was_killed = raw / str(steps), steps, False
-        try:
+        target, left = raw / str(steps), steps
+        with suppress(Killed):
             take(target, folder)
-        except Killed:
-            was_killed = True
-            for name in (JSONL, ZIP, *PARTS):
-                whole = CONTENT.get(name) or PARTS[name]
-                assert not (target / name).exists() or (target / name).read_bytes() == whole
+            break
         left = 0
+        there = files(target) if target.exists() else {}
+        assert all({**CONTENT, **PARTS}.get(name, content) == content for name, content in there.items())
         take(target, folder)
         assert files(target) == CONTENT
-        if not was_killed:
-            break
-    assert steps > 40
+    left = 0
+    assert steps > 40 and files(target) == CONTENT
 
 
 def test_a_folders_files_are_copied_and_left_alone(raw: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "from"
-    folder.mkdir()
-    for name in (ZIP, JSONL, "notes.txt", ".item_test_info.jsonl.part"):
-        (folder / name).write_bytes(CONTENT.get(name, b"mine"))
-    before = files(folder)
+    mine = {"notes.txt": b"mine", ".item_test_info.jsonl.part": b"mine"}
+    folder = folder_of(tmp_path / "from", CONTENT | mine)
     out = ok(run_verb("download", "--raw", raw, "--from", folder))
     assert "not there yet: item_train_info.jsonl" in out and ZIP not in out.partition("not there yet")[2]
-    assert files(raw) == CONTENT
-    assert files(folder) == before
+    assert files(raw) == CONTENT and files(folder) == CONTENT | mine
     assert "2 there already" in take(raw, folder)
     (folder / JSONL).write_bytes(CONTENT[JSONL].replace(b"2", b"3"))
     os.utime(folder / JSONL, ns=(1, 1))
@@ -83,26 +70,39 @@ def test_a_folders_files_are_copied_and_left_alone(raw: Path, tmp_path: Path) ->
     assert (raw / JSONL).read_bytes() == (folder / JSONL).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["item_valid_info (1).jsonl"], r"info \(1\)\.jsonl: unknown name; rename it to item_valid_info\.jsonl"),
-        (["item_test_answers.jsonl"], "no file here is named item_train_info"),
-        ([f"{ZIP}.partaa", f"{ZIP}.partac"], "partab is missing before"),
-        ([f"{ZIP}.partaa", ZIP], "whole and in parts"),
-        ([JSONL], "is not whole lines of JSON objects"),
-    ],
-)
-def test_what_a_folder_lacks_is_said_and_nothing_is_copied(
-    raw: Path, tmp_path: Path, names: list[str], message: str
-) -> None:
-    folder = tmp_path / "from"
-    folder.mkdir()
-    for name in names:
-        (folder / name).write_bytes(b'{"item_id": "1"}\n{"item')
+def test_parts_are_joined_into_what_resize_reads(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of(raw, {f".{ZIP}.join": b"of a call killed while it joined"})
+    folder = folder_of(tmp_path / "from", PARTS)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 9}))
+        assert "for want of room" in take(raw, folder)
+    assert files(raw) == PARTS
+    assert f"{ZIP} is joined" in take(raw, folder)
+    assert files(raw) == {ZIP: CONTENT[ZIP]}
+    assert [name for name, _ in sources.find_source(raw, "valid").entries()] == ["a.jpg", "b.jpg"]
+    assert "4 there already" in take(raw, folder)
+
+
+BROKEN = b'{"item_id": "1"}\n{"item'
+REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
+    "a copy's name": (
+        {"item_valid_info (1).jsonl": BROKEN},
+        r"info \(1\)\.jsonl: unknown name; rename it to item_valid_info\.jsonl",
+    ),
+    "no name of theirs": ({"item_test_answers.jsonl": BROKEN}, "no file here is named item_train_info"),
+    "a gap": ({name: PARTS[name] for name in (f"{ZIP}.partaa", f"{ZIP}.partac")}, "partab is missing before"),
+    "whole and in parts": (CONTENT | PARTS, "whole and in parts"),
+    "half a line": ({JSONL: BROKEN}, "is not whole lines of JSON objects"),
+    "a part too short": (PARTS | {f"{ZIP}.partab": PARTS[f"{ZIP}.partab"][:-1]}, "make no whole zip archive"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_folder_lacks_is_said_and_nothing_is_made_of_it(raw: Path, tmp_path: Path, case: str) -> None:
+    contents, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
-        take(raw, folder)
-    assert not raw.exists() or files(raw) == {}
+        take(raw, folder_of(tmp_path / "from", contents))
+    assert not raw.exists() or files(raw) == (contents if "short" in case else {})
 
 
 def test_bad_usage_is_one_line(raw: Path, tmp_path: Path) -> None:
@@ -114,6 +114,13 @@ def test_bad_usage_is_one_line(raw: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             download.main(["--raw", str(raw), *words])
     assert not raw.exists()
+
+
+def test_a_second_download_waits_outside(raw: Path, tmp_path: Path) -> None:
+    raw.mkdir()
+    with download.alone(raw), pytest.raises(UserError, match="another download is at work"):
+        take(raw, folder_of(tmp_path / "from", CONTENT))
+    take(raw, tmp_path / "from")
 
 
 def test_every_problem_of_a_list_is_shown_with_its_line(tmp_path: Path) -> None:
@@ -160,30 +167,19 @@ PIECES = st.sampled_from(
 WILD = st.lists(st.lists(st.one_of(PIECES, st.text(max_size=8), st.just(" ")), max_size=6).map("".join), max_size=6)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(WILD)
-def test_wild_lines_are_files_of_known_names_or_problems_with_their_lines(lines: list[str]) -> None:
-    text = "\n".join(lines).encode("utf-8", "replace").decode()
-    path = StubPath(text)
+def test_wild_lines_are_files_of_known_names_or_problems_with_their_lines(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "links"
+    path.write_bytes("\n".join(lines).encode("utf-8", "replace"))
     try:
         wanted = download.read_list(path)
     except UserError as error:
-        assert all(re.match(r"list:\d+: .+|list: no links", line) for line in str(error).split("\n")), str(error)
+        assert all(re.match(r".+/links:(\d+: .+| no links)", line) for line in str(error).split("\n")), str(error)
         return
     names = [entry.name for entry in wanted]
     assert names and len(set(names)) == len(names)
     assert all(re.fullmatch(r"item_\w+\.(jsonl|zip(\.part[a-z]{2})?)", name) for name in names)
     assert all(entry.source.scheme in ("http", "https") and entry.source.host for entry in wanted)
-
-
-class StubPath:
-    """A list in memory: hypothesis would otherwise write hundreds of files."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __str__(self) -> str:
-        return "list"
-
-    def read_text(self, encoding: str) -> str:
-        return io.TextIOWrapper(io.BytesIO(self.text.encode()), encoding).read()

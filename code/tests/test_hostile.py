@@ -162,11 +162,6 @@ def test_any_value_is_clipped_to_one_line(value: Any) -> None:
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return tmp_path / "raw"
-
-
-@pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "data"
 

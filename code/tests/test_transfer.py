@@ -4,113 +4,45 @@ import errno
 import functools
 import hashlib
 import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 import pytest
-from commands import environment, ok, run_verb
-from download_worlds import CONTENT, JSONL, PARTS, QUICK, ZIP, archive, files
+from commands import environment, ok, run_verb, wait_for
+from download_worlds import (
+    CONTENT,
+    JSONL,
+    PARTS,
+    QUICK,
+    ZIP,
+    Behaviour,
+    Handler,
+    Server,
+    archive,
+    behave,
+    fetch,
+    files,
+    in_parts,
+    serving,
+)  # fmt: skip
 
-from data_scripts import download, transfer
-from data_scripts.archives import sources
+from data_scripts import transfer
 from tongkuan.base.errors import FaultError, UserError
 
-IMPATIENT = {
-    "silent": transfer.Patience(attempts=2, timeout=0.1, pause=0.001),
-    "silent midway": transfer.Patience(attempts=2, timeout=0.1, pause=0.001),
-    "slow": transfer.Patience(attempts=1, timeout=0.3),
-}
+ONCE = transfer.Patience(attempts=1, timeout=1)
+IMPATIENT = transfer.Patience(attempts=2, timeout=0.1, pause=0.001)
 CERTIFICATES = httpx2.create_ssl_context()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves `files` as a good server does, unless `misbehave` has taken the request over."""
-
-    protocol_version = "HTTP/1.1"
-    server: "Server"
-
-    def do_GET(self) -> None:
-        self.server.ranges.append(self.headers["Range"])
-        self.close_connection = True
-        assert self.headers["Accept-Encoding"] == "identity", "a range of compressed bytes is of something else"
-        with suppress(ConnectionError):
-            self.server.misbehave(self, self.server.files[urlsplit(self.path).path.rpartition("/")[2]])
-
-    def reply(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
-        """An answer; the ETag stays the same unless given, a header given as "" is left out."""
-        known = {"ETag": '"1"', "Connection": "close", "Content-Length": str(len(body) if length is None else length)}
-        self.send_response(status)
-        for name, value in (known | {name.replace("_", "-"): value for name, value in headers.items()}).items():
-            if value:
-                self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def start(self) -> int:
-        """Where the asked range begins."""
-        return int(re.findall(r"\d+", self.headers["Range"] or "0")[0])
-
-    def log_message(self, *_: Any) -> None:
-        """Not on the tests' output."""
-
-
-class Server(ThreadingHTTPServer):
-    """On a free port of the loopback; `ranges` are the Range headers that came."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.misbehave, self.released = {**CONTENT, **PARTS}, behave, threading.Event()
-        self.ranges: list[str | None] = []
-        self.faults: list[BaseException | None] = []
-
-    def links(self, path: Path, *names: str, **options: object) -> Path:
-        """A list of links to the files."""
-        more = "".join(f" {key}={value}" for key, value in options.items())
-        path.write_text(
-            "".join(f"http://127.0.0.1:{self.server_port}/{name}?Signature=secret{more}\n" for name in names)
-        )
-        return path
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that hangs up is what some tests are about, any other error is a test's own."""
-        if not isinstance(sys.exception(), ConnectionError):
-            self.faults.append(sys.exception())
-
-
-Behaviour = Callable[[Handler, bytes], None]
-
-
-def behave(h: Handler, data: bytes) -> None:
-    start = h.start()
-    if not start or h.headers["If-Range"] not in (None, '"1"'):
-        h.reply(200, data)
-    elif start >= len(data):
-        h.reply(416, Content_Range=f"bytes */{len(data)}")
-    else:
-        h.reply(206, data[start:], Content_Range=f"bytes {start}-{len(data) - 1}/{len(data)}")
+WHOLE = len(CONTENT[ZIP])
 
 
 def cut(h: Handler, data: bytes) -> None:
     h.reply(200, data[: len(data) // 2], len(data))
-
-
-def silent(h: Handler, data: bytes) -> None:
-    h.server.released.wait(5)
 
 
 def silent_midway(h: Handler, data: bytes) -> None:
@@ -127,16 +59,24 @@ def trickle(h: Handler, data: bytes) -> None:
             return
 
 
-def chunks_cut(h: Handler, data: bytes) -> None:
-    h.reply(200, b"7530\r\n" + data[:30_000], Content_Length="", Transfer_Encoding="chunked")
+def cut_first(count: int, **headers: str) -> Behaviour:
+    """The first answer ends after so many bytes, an answer to a range is whole."""
+
+    def answer(h: Handler, data: bytes) -> None:
+        if h.start() >= len(data):
+            behave(h, data)
+        elif h.start():
+            h.reply_from(data, **headers)
+        else:
+            h.reply(200, data[:count], len(data), **headers)
+
+    return answer
 
 
 def ranged(change: Callable[[int, int], str], etag: str = '"1"') -> Behaviour:
     """Answers a range, but with this Content-Range, from start and total."""
     return lambda h, data: (
-        h.reply(206, data[h.start() :], Content_Range=change(h.start(), len(data)), ETag=etag)
-        if h.start()
-        else cut(h, data)
+        h.reply_from(data, Content_Range=change(h.start(), len(data)), ETag=etag) if h.start() else cut(h, data)
     )
 
 
@@ -145,21 +85,15 @@ def status(code: int, **headers: str) -> Behaviour:
 
 
 # Of these the half that was there before must survive.
-HARMLESS = {
-    "cut midway",
-    "no answer",
-    "compressed",
-    "silent",
-    "silent midway",
-    "500",
-    "429, come next day",
-    "403",
-    "404",
-}
-# What the first call then says; "" where it brings the file all the same. The second number: from half a file.
+HARMLESS = ["cut midway", "no answer", "compressed", "silent", "silent midway", "500", "429, come next day"]
+HARMLESS += ["403", "404"]
+# What the first call then says; "" where it brings the file all the same. The second text: from half a file.
 MISBEHAVIOUR: dict[str, tuple[Behaviour, str, str]] = {
     "cut midway": (cut, "gave up after 2 attempts", "gave up"),
-    "chunks cut midway": (chunks_cut, "gave up", "gave up"),
+    "chunks cut midway": (
+        lambda h, data: h.reply(200, b"7530\r\n" + data[:30_000], Content_Length="", Transfer_Encoding="chunked"),
+        *("gave up", "gave up"),
+    ),
     "no answer": (lambda h, _: None, "gave up", "gave up"),
     "not HTTP": (lambda h, _: h.wfile.write(b"SSH-2.0-x\r\n") and None, "gave up", "gave up"),
     "ignores ranges": (lambda h, data: h.reply(200, data), "", ""),
@@ -172,7 +106,7 @@ MISBEHAVIOUR: dict[str, tuple[Behaviour, str, str]] = {
     "a length too long": (lambda h, data: h.reply(200, data, len(data) + 9), "gave up", "gave up"),
     "a length too short": (lambda h, data: h.reply(200, data, len(data) - 9), "not a whole zip.*deleted", "not a"),
     "compressed": (lambda h, data: h.reply(200, data, Content_Encoding="gzip"), "compresses", "compresses"),
-    "silent": (silent, "timed out; gave up", "timed out"),
+    "silent": (lambda h, _: h.server.released.wait(5) and None, "timed out; gave up", "timed out"),
     "silent midway": (silent_midway, "timed out; gave up", "timed out"),
     "slow": (trickle, "too slow", "too slow"),
     "500": (status(500), "answers 500; gave up after 2", "answers 500; gave up after 2"),
@@ -198,311 +132,215 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with serving() as server:
         yield server
-        server.released.set()
-        server.shutdown()
-    assert not server.faults
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    return tmp_path / "raw"
+def links(server: Server, tmp_path: Path) -> Path:
+    """A list of the one archive."""
+    return server.links(tmp_path / "links.txt", ZIP)
 
 
-def run(raw: Path, links: Path, patience: Any = QUICK) -> str:
-    """The verb, with little patience."""
-    return str(download.download(raw, download.read_list(links, download.Record(raw).whole()), patience))
-
-
-def half(raw: Path, links: Path, server: Server) -> None:
-    """The first half of a file, left by a call that was cut."""
+@pytest.fixture
+def half(server: Server, raw: Path, links: Path) -> None:
+    """The first half of the archive, left by a call that was cut."""
     server.misbehave = cut
     with pytest.raises(UserError):
-        run(raw, links, transfer.Patience(attempts=1, timeout=1))
-    assert (raw / f".{ZIP}.part").read_bytes() == CONTENT[ZIP][: len(CONTENT[ZIP]) // 2]
+        fetch(raw, links, ONCE)
+    assert (raw / f".{ZIP}.part").read_bytes() == CONTENT[ZIP][: WHOLE // 2]
+    server.misbehave = behave
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["from nothing", "from half a file"])
 @pytest.mark.parametrize("how", MISBEHAVIOUR)
 def test_after_any_misbehaviour_the_same_command_completes(
-    server: Server, raw: Path, tmp_path: Path, how: str, begun: bool
+    server: Server, raw: Path, links: Path, how: str, begun: bool, request: pytest.FixtureRequest
 ) -> None:
-    links = server.links(tmp_path / "links.txt", ZIP)
     if begun:
-        half(raw, links, server)
-    misbehave, *expected = MISBEHAVIOUR[how]
-    server.misbehave = misbehave
+        request.getfixturevalue("half")
+    server.misbehave, *expected = MISBEHAVIOUR[how]
     if expected[begun]:
         with pytest.raises(UserError, match=expected[begun]) as caught:
-            run(raw, links, IMPATIENT.get(how, QUICK))
+            fetch(raw, links, IMPATIENT if how.startswith(("silent", "slow")) else QUICK)
         assert str(caught.value).startswith(f"{links}:1: {ZIP}")
         assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
         assert not (raw / ZIP).exists()
     else:
-        run(raw, links)
+        fetch(raw, links)
     server.released.set()
     server.misbehave = behave
-    run(raw, links)
+    fetch(raw, links)
     assert files(raw) == {ZIP: CONTENT[ZIP]}
     if begun and how in HARMLESS:
-        assert server.ranges[-1] == f"bytes={len(CONTENT[ZIP]) // 2}-"
+        assert server.ranges[-1] == f"bytes={WHOLE // 2}-"
 
 
-def test_bytes_are_on_the_disk_before_they_have_a_name(
-    server: Server, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[str] = []
-    replace = Path.replace
-    monkeypatch.setattr(os, "fsync", lambda number: steps.append(Path(f"/proc/self/fd/{number}").readlink().name))
-    monkeypatch.setattr(Path, "replace", lambda path, target: (steps.append("rename"), replace(path, target)))
-    run(raw, server.links(tmp_path / "links.txt", ZIP))
-    assert steps == [".download.json.part", "rename", "raw", f".{ZIP}.part", "rename", "raw"]
+FAIR: dict[str, tuple[Behaviour, list[str]]] = {  # and what is asked of it, with half a file there
+    "goes on": (behave, [f"bytes={WHOLE // 2}-"]),
+    "less than was asked for": (
+        lambda h, data: h.reply_from(data, 10_000),
+        [f"bytes={start}-" for start in range(WHOLE // 2, WHOLE, 10_000)],
+    ),
+    "redirects": (
+        lambda h, data: behave(h, data) if "/x/" in h.path else h.reply(307, Location="/x/" + ZIP),
+        [f"bytes={WHOLE // 2}-"] * 2,
+    ),
+    "another version since": (
+        lambda h, _: h.reply(200, archive(50_000), ETag='"2"') if h.headers["If-Range"] else None,
+        [f"bytes={WHOLE // 2}-"],
+    ),
+}
 
 
-def test_a_call_goes_on_where_the_last_one_was_cut(server: Server, raw: Path, tmp_path: Path) -> None:
-    links = server.links(tmp_path / "links.txt", ZIP)
-    half(raw, links, server)
-    server.misbehave = behave
-    out = run(raw, links)
-    assert server.ranges == [None, f"bytes={len(CONTENT[ZIP]) // 2}-"]
+@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize("how", FAIR)
+def test_what_is_odd_and_fair_is_taken_at_once(server: Server, raw: Path, links: Path, how: str) -> None:
+    server.misbehave, asked = FAIR[how]
+    out = fetch(raw, links, ONCE)
     assert f"brought {ZIP} (" in out and f"next: ./entrypoint.sh resize --raw {raw}" in out
+    assert server.ranges == [None, *asked]
     for leftover in (f".{ZIP}.part", f".{ZIP}.part.json"):
         (raw / leftover).write_bytes(b"of a call killed just after the renaming")
-    assert "1 there already" in run(raw, links)
-    assert len(server.ranges) == 2
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
+    assert "1 there already" in fetch(raw, links)
+    assert len(server.ranges) == 1 + len(asked)
+    assert files(raw) == {ZIP: archive(50_000) if "version" in how else CONTENT[ZIP]}
 
 
-def test_all_bytes_may_be_there_although_more_were_announced(server: Server, raw: Path, tmp_path: Path) -> None:
-    def lie_once(h: Handler, data: bytes) -> None:
-        behave(h, data) if h.start() else h.reply(200, data, len(data) + 9)
-
-    server.misbehave = lie_once
-    run(raw, server.links(tmp_path / "links.txt", ZIP))
-    assert server.ranges == [None, f"bytes={len(CONTENT[ZIP])}-"]
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
+DATED = {"ETag": "", "Last_Modified": formatdate(1e9, usegmt=True)}
 
 
 @pytest.mark.parametrize(
-    ("headers", "expected"),
+    ("headers", "count", "asked", "condition"),
     [
-        ({}, '"1"'),
-        ({"ETag": 'W/"1"'}, None),
-        ({"ETag": ""}, None),
-        ({"ETag": "", "Last_Modified": formatdate(1e9, usegmt=True)}, formatdate(1e9, usegmt=True)),
-        ({"ETag": "", "Last_Modified": formatdate(9e9, usegmt=True)}, None),
+        ({}, 9000, "bytes=9000-", '"1"'),
+        ({"ETag": 'W/"1"'}, 9000, "bytes=9000-", None),
+        ({"ETag": ""}, 9000, "bytes=9000-", None),
+        (DATED, 9000, "bytes=9000-", DATED["Last_Modified"]),
+        ({"ETag": "", "Last_Modified": formatdate(9e9, usegmt=True)}, 9000, "bytes=9000-", None),
+        ({"Content_Length": str(WHOLE + 9)}, WHOLE, f"bytes={WHOLE}-", '"1"'),  # more announced than there is
     ],
 )
 def test_a_range_is_tied_to_what_surely_names_the_version(
-    server: Server, raw: Path, tmp_path: Path, headers: dict[str, str], expected: str | None
+    server: Server, raw: Path, links: Path, headers: dict[str, str], count: int, asked: str, condition: str | None
 ) -> None:
-    links, conditions = server.links(tmp_path / "links.txt", ZIP), []
-
-    def first_cut(h: Handler, data: bytes) -> None:
-        conditions.append(h.headers["If-Range"])
-        if start := h.start():
-            h.reply(206, data[start:], Content_Range=f"bytes {start}-{len(data) - 1}/{len(data)}", **headers)
-        else:
-            h.reply(200, data[:9000], len(data), **headers)
-
-    server.misbehave = first_cut
-    run(raw, links)
-    assert conditions == [None, expected]
+    server.misbehave = cut_first(count, **headers)
+    fetch(raw, links)
+    assert (server.ranges, server.conditions) == ([None, asked], [None, condition])
     assert files(raw) == {ZIP: CONTENT[ZIP]}
 
 
-def test_without_a_length_or_a_version_the_rest_is_of_no_use(server: Server, raw: Path, tmp_path: Path) -> None:
-    links = server.links(tmp_path / "links.txt", ZIP)
-    server.misbehave = lambda h, _: h.reply(200, b"9\r\n", ETag="", Content_Length="", Transfer_Encoding="chunked")
+def test_without_a_length_or_a_version_the_rest_is_of_no_use(server: Server, raw: Path, links: Path) -> None:
+    chunked = {"ETag": "", "Content_Length": "", "Transfer_Encoding": "chunked"}
+    server.misbehave = lambda h, data: h.reply(200, b"2328\r\n" + data[:9000], **chunked)
     with pytest.raises(UserError):
-        run(raw, links)
+        fetch(raw, links)
     server.misbehave = lambda h, data: h.reply(200, data, ETag="", Content_Length="")
-    run(raw, links)
-    assert set(server.ranges) == {None}
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
-
-
-def test_a_file_that_has_changed_is_fetched_from_its_start(server: Server, raw: Path, tmp_path: Path) -> None:
-    links = server.links(tmp_path / "links.txt", ZIP)
-    half(raw, links, server)
-    server.files[ZIP] = archive(50_000)
-    server.misbehave = lambda h, data: h.reply(200, data, ETag='"2"') if h.headers["If-Range"] else None
-    run(raw, links)
-    assert files(raw) == {ZIP: archive(50_000)}
-
-
-def test_a_server_may_give_less_than_was_asked_for(server: Server, raw: Path, tmp_path: Path) -> None:
-    links = server.links(tmp_path / "links.txt", ZIP)
-    half(raw, links, server)
-
-    def stingy(h: Handler, data: bytes) -> None:
-        start, end = h.start(), min(h.start() + 3000, len(data))
-        h.reply(206, data[start:end], Content_Range=f"bytes {start}-{end - 1}/{len(data)}")
-
-    server.misbehave = stingy
-    run(raw, links, transfer.Patience(attempts=1))
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
+    fetch(raw, links)
+    assert set(server.ranges) == {None} and files(raw) == {ZIP: CONTENT[ZIP]}
 
 
 def test_an_attempt_that_brings_enough_is_no_failure(
-    server: Server, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut_often(h: Handler, data: bytes) -> None:
-        start, total = h.start(), len(data)
-        place = {"Content_Range": f"bytes {start}-{total - 1}/{total}"} if start else {}
-        h.reply(206 if start else 200, data[start : start + 9000], total - start, **place)
-
-    server.misbehave = cut_often
-    links = server.links(tmp_path / "links.txt", ZIP)
+    server.misbehave = lambda h, data: (
+        h.reply_from(data, 9000, len(data)) if h.start() else h.reply(200, data[:9000], len(data))
+    )
     with pytest.raises(UserError, match="gave up after 2"):
-        run(raw, links, transfer.Patience(attempts=2, pause=0))
+        fetch(raw, links)
     monkeypatch.setattr(transfer, "ENOUGH", 5000)
-    run(raw, links, transfer.Patience(attempts=2, pause=0))
+    fetch(raw, links)
     assert files(raw) == {ZIP: CONTENT[ZIP]}
 
 
 @pytest.mark.parametrize(("asked", "pauses"), [("", [1, 2, 4, 5]), ("3", [3, 3, 4, 5]), ("soon", [1, 2, 4, 5])])
 def test_pauses_double_and_are_as_long_as_the_server_asks(
-    server: Server, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, pauses: list[float]
+    server: Server, raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch, asked: str, pauses: list[float]
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     server.misbehave = lambda h, data: behave(h, data) if len(slept) == 4 else h.reply(503, Retry_After=asked)
-    run(raw, server.links(tmp_path / "links.txt", ZIP), transfer.Patience(attempts=5, pause=1, longest=5))
-    assert slept == pauses
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
+    fetch(raw, links, transfer.Patience(attempts=5, pause=1, longest=5))
+    assert slept == pauses and files(raw) == {ZIP: CONTENT[ZIP]}
 
 
-def test_redirects_are_followed_with_the_range(server: Server, raw: Path, tmp_path: Path) -> None:
-    links = server.links(tmp_path / "links.txt", ZIP)
-    half(raw, links, server)
-    server.misbehave = lambda h, data: behave(h, data) if "/x/" in h.path else h.reply(307, Location="/x/" + ZIP)
-    run(raw, links)
-    assert server.ranges[-1]
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
-
-
-@pytest.mark.parametrize("wrong", [{"size": 5}, {"sha256": "0" * 64}])
-def test_what_is_not_as_the_list_says_is_deleted(
-    server: Server, raw: Path, tmp_path: Path, wrong: dict[str, object]
-) -> None:
-    links = server.links(tmp_path / "links.txt", JSONL, **wrong)
-    server.misbehave = lambda h, data: h.reply(200, data, Content_Length="")
-    with pytest.raises(UserError, match=rf"{links}:1: {JSONL}.* instead of .*deleted"):
-        run(raw, links)
-    assert files(raw) == {}
-    known = {"size": len(CONTENT[JSONL]), "sha256": hashlib.sha256(CONTENT[JSONL]).hexdigest().upper()}
-    run(raw, server.links(tmp_path / "links.txt", JSONL, **known))
-    assert files(raw) == {JSONL: CONTENT[JSONL]}
+def test_bytes_are_on_the_disk_before_they_have_a_name(raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: steps.append(Path(f"/proc/self/fd/{number}").readlink().name))
+    monkeypatch.setattr(Path, "replace", lambda path, target: (steps.append("rename"), replace(path, target)))
+    fetch(raw, links)
+    assert steps == [".download.json.part", "rename", "raw", f".{ZIP}.part", "rename", "raw"]
 
 
 def test_a_file_is_known_to_be_whole_by_the_list_or_by_the_record(server: Server, raw: Path, tmp_path: Path) -> None:
-    raw.mkdir()
-    (raw / JSONL).write_bytes(CONTENT[JSONL])
-    run(raw, server.links(tmp_path / "links.txt", JSONL, size=len(CONTENT[JSONL])))
-    run(raw, server.links(tmp_path / "links.txt", JSONL))
-    assert server.ranges == []
-    (raw / JSONL).write_bytes(CONTENT[JSONL][:9])
-    run(raw, server.links(tmp_path / "links.txt", JSONL))
-    assert files(raw) == {JSONL: CONTENT[JSONL]}
+    def listed(**options: object) -> Path:
+        return server.links(tmp_path / "links.txt", JSONL, **options)
+
+    whole = CONTENT[JSONL]
+    sums = {"size": len(whole), "sha256": hashlib.sha256(whole).hexdigest().upper()}
+    server.misbehave = lambda h, data: h.reply(200, data, Content_Length="")
+    for wrong in ({"size": 5}, {"sha256": "0" * 64}):
+        with pytest.raises(UserError, match=rf"links\.txt:1: {JSONL}.* instead of .*deleted"):
+            fetch(raw, listed(**wrong))
+        assert files(raw) == {}
+    (raw / JSONL).write_bytes(whole)
+    asked = len(server.ranges)
+    fetch(raw, listed(size=len(whole)))
+    fetch(raw, listed())
+    assert len(server.ranges) == asked
+    (raw / JSONL).write_bytes(whole[:9])
+    fetch(raw, listed(**sums))
+    assert files(raw) == {JSONL: whole}
     with pytest.raises(UserError, match="came with sha256"):
-        run(raw, server.links(tmp_path / "links.txt", JSONL, sha256="0" * 64))
-    assert files(raw) == {JSONL: CONTENT[JSONL]}
+        fetch(raw, listed(sha256="0" * 64))
+    assert files(raw) == {JSONL: whole}
     (raw / ".download.json").write_text("[1")
-    run(raw, server.links(tmp_path / "links.txt", JSONL))
-    assert len(server.ranges) == 3
+    fetch(raw, listed())
+    assert len(server.ranges) == asked + 3
 
 
-def test_sigkill_leaves_no_half_file_and_the_same_command_goes_on(server: Server, raw: Path, tmp_path: Path) -> None:
+def test_sigkill_leaves_no_half_file_and_the_same_command_goes_on(server: Server, raw: Path, links: Path) -> None:
     server.misbehave = silent_midway
-    words = (
-        "download",
-        "--raw",
-        str(raw),
-        "--urls",
-        str(server.links(tmp_path / "links.txt", ZIP, size=len(CONTENT[ZIP]))),
-    )
+    words = ("download", "--raw", str(raw), "--urls", str(links))
     process = subprocess.Popen([sys.executable, "-m", "tongkuan", *words], env=environment())
-    partial, size = raw / f".{ZIP}.part", len(CONTENT[ZIP]) // 2
-    deadline = time.monotonic() + 30
-    while not (partial.exists() and partial.stat().st_size > 0) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    partial = raw / f".{ZIP}.part"
+    wait_for(lambda: partial.exists() and partial.stat().st_size)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < partial.stat().st_size <= size and not (raw / ZIP).exists()
+    assert 0 < partial.stat().st_size <= WHOLE // 2 and not (raw / ZIP).exists()
     server.misbehave = behave
     done = run_verb(*words)
     assert "next: ./entrypoint.sh resize" in ok(done) and done.stderr == ""
-    assert server.ranges[-1]
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
-
-
-def test_parts_are_joined_into_what_resize_reads(server: Server, raw: Path, tmp_path: Path) -> None:
-    links = server.links(tmp_path / "links.txt", *PARTS)
-    assert f"{ZIP} is joined" in run(raw, links)
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
-    assert [name for name, _ in sources.find_source(raw, "valid").entries()] == ["a.jpg", "b.jpg"]
-    assert "4 there already" in run(raw, links)
-    assert len(server.ranges) == 4
+    assert server.ranges[-1] and files(raw) == {ZIP: CONTENT[ZIP]}
 
 
 def test_parts_may_come_from_several_lists(server: Server, raw: Path, tmp_path: Path) -> None:
     first, second = server.links(tmp_path / "1", *list(PARTS)[:2]), server.links(tmp_path / "2", *list(PARTS)[2:])
     with pytest.raises(UserError, match=rf"2:2: {ZIP}\.partaa is missing before {ZIP}\.partac; add it"):
-        run(raw, second)
+        fetch(raw, second)
     with pytest.raises(UserError, match=r"partaa to .*partab, make no whole zip archive; add the parts that follow"):
-        run(raw, first)
-    run(raw, second)
+        fetch(raw, first)
+    assert f"{ZIP} is joined" in fetch(raw, second)
     assert files(raw) == {ZIP: CONTENT[ZIP]}
-
-
-def test_a_part_too_short_is_noticed(server: Server, raw: Path, tmp_path: Path) -> None:
-    server.files[f"{ZIP}.partab"] = PARTS[f"{ZIP}.partab"][:-1]
-    with pytest.raises(UserError, match="make no whole zip archive"):
-        run(raw, server.links(tmp_path / "links.txt", *PARTS))
-    assert not (raw / ZIP).exists()
+    assert "2 there already" in fetch(raw, first) and len(server.ranges) == 4
 
 
 def test_another_version_of_a_part_replaces_the_joined_archive(server: Server, raw: Path, tmp_path: Path) -> None:
-    run(raw, server.links(tmp_path / "links.txt", *PARTS))
-    other = archive(70_000)
-    new = {name: other[n * 18_000 : (n + 1) * 18_000] for n, name in enumerate(PARTS)}
-    server.files |= new
-    links = tmp_path / "links.txt"
-    lines = server.links(links, *PARTS).read_text().split("\n")
-    links.write_text("\n".join([f"{lines[0]} size=18000", *lines[1:]]))
-    run(raw, links)
-    assert files(raw) == {ZIP: other}
+    links = server.links(tmp_path / "links.txt", *PARTS)
+    fetch(raw, links)
+    server.files |= (new := in_parts(archive(70_000)))
+    links.write_text(links.read_text().replace("\n", f" size={len(new[f'{ZIP}.partaa'])}\n", 1))
+    fetch(raw, links)
+    assert files(raw) == {ZIP: archive(70_000)}
 
 
-def test_without_room_parts_stay_parts(
-    server: Server, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 9}))
-    raw.mkdir()
-    (raw / f".{ZIP}.join").write_bytes(b"of a call killed while it joined")
-    assert "for want of room" in run(raw, server.links(tmp_path / "links.txt", *PARTS))
-    assert files(raw) == PARTS
-
-
-def test_a_second_download_waits_outside(server: Server, raw: Path, tmp_path: Path) -> None:
-    raw.mkdir()
-    with download.alone(raw), pytest.raises(UserError, match="another download is at work"):
-        run(raw, server.links(tmp_path / "links.txt", ZIP))
-    run(raw, server.links(tmp_path / "links.txt", ZIP))
-
-
+@pytest.mark.usefixtures("half")
 def test_a_full_disk_is_the_users_to_mend(
-    server: Server, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    links = server.links(tmp_path / "links.txt", ZIP)
-    half(raw, links, server)
     with monkeypatch.context() as patch, pytest.raises(FaultError, match="disk is full; make room and run the same"):
         patch.setattr(transfer, "accept", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-        run(raw, links)
-    server.misbehave = behave
-    run(raw, links)
-    assert server.ranges[-1]
-    assert files(raw) == {ZIP: CONTENT[ZIP]}
+        fetch(raw, links)
+    fetch(raw, links)
+    assert server.ranges[-1] and files(raw) == {ZIP: CONTENT[ZIP]}
