@@ -1,6 +1,5 @@
 """Raw folders of pictures for the tests of resize, and what it makes of them."""
 
-import hashlib
 import io
 import json
 import struct
@@ -100,11 +99,3 @@ def colour(data: Path, name: str) -> tuple[int, ...]:
         pixel = image.getpixel((SIZE // 2, SIZE // 2))
     assert isinstance(pixel, tuple)
     return pixel
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }

@@ -57,9 +57,7 @@ def read_here(task: tuple[Any, Any]) -> bytes:
 
 
 @pytest.mark.slow
-def test_an_unpacked_inner_archive_is_read_by_other_processes_and_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unpacked_inner_archive_is_read_by_others_and_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "temporary"
     place.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(place))
@@ -133,9 +131,7 @@ def test_what_inner_archives_unpack_to_is_bounded(tmp_path: Path, monkeypatch: p
     )
 
 
-def test_the_number_of_inner_archives_and_of_all_files_is_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_number_of_inner_archives_and_files_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, in_zip({f"{n}.zip": plain("a.jpg", "b.jpg") for n in range(4)}))
     monkeypatch.setattr(listing, "MAX_INNER", 2)
     told = read_all(tmp_path)
@@ -146,9 +142,7 @@ def test_the_number_of_inner_archives_and_of_all_files_is_bounded(
     assert "more than 3 entries" in refused(tmp_path)
 
 
-def test_without_room_for_an_inner_archive_the_line_says_where_and_what_helps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_room_for_an_inner_archive_the_line_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, in_zip({"in.zip": plain("a.jpg")}, zipfile.ZIP_DEFLATED))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
@@ -302,9 +296,7 @@ def test_what_the_zip_program_makes_is_read_as_what_is_made_by_hand(tmp_path: Pa
     assert told == TOLD or (told["b.jpg"] == "b" and told["a.jpg"].encode("latin-1") == draw)
 
 
-def test_entries_after_a_program_a_comment_or_in_64_bits_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_entries_after_a_program_or_in_64_bits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, b"#!/bin/sh\nunzip $0\n" + in_zip(FILES))
     assert read_all(tmp_path) == TOLD
     with zipfile.ZipFile(tmp_path / f"{STEM}.zip", "a") as archive:
@@ -343,9 +335,7 @@ def test_a_mac_writes_any_number_of_files_of_any_size_without_64_bits(tmp_path: 
 
 
 @given(st.data())
-def test_any_damage_anywhere_is_a_line_or_that_files_trouble(
-    tmp_path_factory: pytest.TempPathFactory, data: Any
-) -> None:
+def test_any_damage_is_a_line_or_that_files_trouble(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     folder = tmp_path_factory.getbasetemp() / "wild"
     inner = in_zip({"a.jpg": b"a" * 40}, data.draw(st.sampled_from([0, 8, 12, 14])))
     content = bytearray(in_zip({"in.zip": inner, "b.jpg": b"b" * 40}, data.draw(st.sampled_from([0, 8]))))

@@ -66,9 +66,7 @@ def test_each_key_with_its_items_values_and_agreement(tmp_path: Path, capsys: py
     assert lines[-1] == "next: set model.attribute_keys in a preset"
 
 
-def test_columns_are_straight_where_chinese_is_two_columns_wide(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_columns_are_straight_though_chinese_is_wide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     catalogue(tmp_path, "test", {"a": "品牌#:#x#;#批准文号#:#x#;#size#:#x"})
     lines = table(capsys, "--data", tmp_path)[:4]
     starts = {cell_len(line[: line.index("'x' 1")]) for line in lines[1:]}
@@ -92,9 +90,7 @@ def test_splits_are_those_that_are_there_or_those_asked_for(tmp_path: Path, caps
         attributes.main(["--data", str(tmp_path), "--split", "extra"])
 
 
-def test_keys_stand_by_number_of_items_then_name_and_top_cuts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_keys_stand_by_number_of_items_then_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     catalogue(tmp_path, "train", {"1": "b:1;a:1;z:1", "2": "z:2"})
     assert [cells(line)[0] for line in table(capsys, "--data", tmp_path)[1:4]] == ["'z'", "'a'", "'b'"]
     lines = table(capsys, "--data", tmp_path, "--top", 1)
@@ -113,9 +109,7 @@ def test_the_attribute_style_is_the_readers_choice(tmp_path: Path, capsys: pytes
     assert table(capsys, "--data", tmp_path, "--attributes", "published")[3].startswith("2 of 2 keys")
 
 
-def test_hostile_keys_and_values_are_shown_clipped_and_harmless(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hostile_keys_and_values_are_shown_clipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "\x1b[2J\x07\u202e"
     items = {f"{number}": f"k{hostile}#:#{hostile}{'长' * 5000}{number}" for number in range(3)}
     items |= {f"n{number}": f"key{number}{'x' * 300}#:#v" for number in range(2000)}

@@ -39,9 +39,7 @@ def test_a_row_keeps_the_same_tokens_at_every_padding(rows: list[int], width: in
 
 
 @pytest.mark.parametrize(("count", "accumulate"), [(1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_an_item_loses_the_same_tokens_however_a_step_is_dealt_out(
-    data: Path, tmp_path: Path, count: int, accumulate: int
-) -> None:
+def test_an_item_loses_the_same_tokens_on_any_ranks(data: Path, tmp_path: Path, count: int, accumulate: int) -> None:
     """Texts differ in length here, so that parts are padded to widths of their own."""
     settings = tiny_settings(tmp_path, "train.pairs=8", "train.augmentation.drop_text=0.3")
     task, options = load_task(settings, data), settings.train

@@ -84,7 +84,7 @@ def test_a_second_run_encodes_nothing_and_writes_the_same_bytes(
     assert len(list((tmp_path / "cache").iterdir())) == BATCHES
 
 
-def test_what_is_cached_is_not_even_decoded(
+def test_what_is_cached_is_not_decoded(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run(data, model, tmp_path / "s", tmp_path / "cache")
@@ -110,7 +110,7 @@ def test_a_changed_picture_or_text_costs_its_batch_and_gives_what_a_run_without_
         assert cached == run(own, model, tmp_path / "plain", None), change
 
 
-def test_another_model_or_precision_or_batch_size_takes_nothing_from_the_cache(
+def test_another_model_precision_or_batch_is_a_miss(
     data: Path, model: Path, tmp_path: Path, forwards: Forwards
 ) -> None:
     cache, other = tmp_path / "cache", tmp_path / "other.safetensors"
@@ -127,9 +127,7 @@ def test_another_model_or_precision_or_batch_size_takes_nothing_from_the_cache(
     assert forwards.taken() == 3
 
 
-def test_a_run_that_failed_goes_on_with_its_finished_batches(
-    data: Path, model: Path, tmp_path: Path, forwards: Forwards
-) -> None:
+def test_a_failed_run_keeps_its_finished_batches(data: Path, model: Path, tmp_path: Path, forwards: Forwards) -> None:
     forwards.fail_at = 2
     with pytest.raises(RuntimeError, match="power cut"):
         run(data, model, tmp_path / "s", tmp_path / "cache")
@@ -173,7 +171,7 @@ def test_a_damaged_file_is_computed_again(data: Path, model: Path, tmp_path: Pat
     assert all(path.read_bytes() == data for path, data in whole.items())
 
 
-def test_evaluate_shares_the_cache(
+def test_evaluate_shares_it(
     data: Path, model: Path, tmp_path: Path, forwards: Forwards, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", "--data", str(data), "--model", str(model), "--encode-batch", "5"]

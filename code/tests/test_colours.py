@@ -209,9 +209,7 @@ def test_a_shops_pictures_share_a_transform_and_few_are_kept() -> None:
     st.lists(st.tuples(st.integers(0, 2**12), st.integers(0, 255)), max_size=8),
     st.integers(0, 200),
 )
-def test_any_damage_to_a_profile_gives_a_picture(
-    odd: tuple[str, bytes], changes: list[tuple[int, int]], cut: int
-) -> None:
+def test_any_damaged_profile_gives_a_picture(odd: tuple[str, bytes], changes: list[tuple[int, int]], cut: int) -> None:
     mode, icc = odd
     content = bytearray(icc)
     for place, value in changes:

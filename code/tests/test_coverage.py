@@ -11,7 +11,7 @@ import pytest
 from commands import ok, run_verb
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import make_data, tiny_preset
+from worlds import make_data, tiny_preset, train_words
 
 from data_scripts import attributes, resize
 from tongkuan.__main__ import main
@@ -55,9 +55,7 @@ def test_the_advice_for_texts_without_a_key_works(text: str) -> None:
         ("null:1;尺 码:2",),
     ],
 )
-def test_keys_that_never_occur_are_a_warning_whose_setting_works_when_typed(
-    texts: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_keys_that_never_occur_are_a_warning_whose_setting_works(texts: tuple[str, ...], tmp_path: Path) -> None:
     items = items_of(*texts)
     [line, warning] = coverage_lines(items, TEN_KEYS)
     assert line.startswith(f"attributes: 0 of {len(items)}") and warning.startswith("warning: no item has any of")
@@ -113,28 +111,13 @@ def said(out: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(("is_plan", "inputs"), [(True, "both"), (False, "both"), (True, "image")])
-def test_train_says_it_once(
-    english: Path, tmp_path: Path, is_plan: bool, inputs: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [
-        "train",
-        "--preset",
-        tiny_preset(tmp_path),
-        "--data",
-        english,
-        "--run",
-        tmp_path / "r",
-        "--model",
-        tmp_path / "m",
-    ]
-    main([*map(str, words), f"model.inputs={inputs}", "train.steps=1", *["--dry-run"] * is_plan])
+def test_train(english: Path, tmp_path: Path, is_plan: bool, inputs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(train_words(tmp_path, english, f"model.inputs={inputs}", "train.steps=1", *["--dry-run"] * is_plan))
     assert said(capsys.readouterr().out) == ((1, 1, 1) if inputs == "both" else (0, 0, 0))
 
 
 @pytest.mark.parametrize("is_plan", [True, False])
-def test_predict_says_it_once(
-    english: Path, model: Path, tmp_path: Path, is_plan: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict(english: Path, model: Path, tmp_path: Path, is_plan: bool, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["predict", "--data", english, "--model", model, "--submit", tmp_path / "s"]
     main([*map(str, words), *["--dry-run"] * is_plan])
     assert said(capsys.readouterr().out) == (1, 1, 1)

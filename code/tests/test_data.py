@@ -117,21 +117,17 @@ def test_a_cached_picture_is_the_same_picture(data: Path) -> None:
 
 
 def test_prefetching_keeps_the_order_and_works_ahead_within_bounds() -> None:
-    running, most = 0, 0
-    lock = threading.Lock()
+    """Jobs wait until three are at work at once, which one after another never are."""
+    begun, three = [], threading.Barrier(3, timeout=20)
 
     def work(job: int) -> int:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        threading.Event().wait(0.005 * (job % 3))
-        with lock:
-            running -= 1
+        begun.append(job)
+        three.wait()
         return job * job
 
-    assert list(prefetch(range(40), work, workers=3)) == [job * job for job in range(40)]
-    assert most <= 3
+    results = prefetch(range(39), work, workers=3)
+    assert next(results) == 0 and len(begun) <= 7, "two a worker wait, one is given out"
+    assert list(results) == [job * job for job in range(1, 39)]
 
 
 def test_an_error_in_a_prefetched_job_reaches_the_caller() -> None:

@@ -22,7 +22,7 @@ class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
-def test_killed_at_any_step_the_same_command_ends_with_the_same_files(
+def test_killed_at_any_step_it_ends_with_the_same_files(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of(tmp_path / "from", {JSONL: CONTENT[JSONL], **PARTS})
@@ -169,7 +169,7 @@ WILD = st.lists(st.lists(st.one_of(PIECES, st.text(max_size=8), st.just(" ")), m
 
 @settings(max_examples=100)
 @given(WILD)
-def test_wild_lines_are_files_of_known_names_or_problems_with_their_lines(
+def test_any_lines_are_known_files_or_numbered_problems(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "links"

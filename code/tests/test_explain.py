@@ -72,7 +72,7 @@ def test_the_whole_score_is_that_of_predict(data: Path, model: Path, tmp_path: P
         ("title and attributes", {"title": "", "item_pvs": ""}),
     ],
 )
-def test_without_a_part_it_scores_as_a_listing_that_never_had_it(
+def test_without_a_part_it_scores_as_if_never_there(
     own: Path, model: Path, tmp_path: Path, part: str, fields: dict[str, str]
 ) -> None:
     effect = effect_of(explanation_of(own, model), part)

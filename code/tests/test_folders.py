@@ -10,8 +10,9 @@ from typing import NoReturn
 
 import orjson
 import pytest
-from test_main import error_of, without_root
-from worlds import tiny_preset, write_jsonl
+from commands import without_root
+from test_main import error_of
+from worlds import snapshot, tiny_preset, write_jsonl
 
 import tongkuan.encode.encode
 import tongkuan.judge.check
@@ -112,14 +113,10 @@ def idle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "bring", work)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("verb", WRITERS)
 def test_a_folder_that_takes_no_files_is_named_before_any_work(verb: str, world: World) -> None:
-    before, mode = contents(world.out), world.out.stat().st_mode
+    before, mode = snapshot(world.out), world.out.stat().st_mode
     world.top.chmod(0o777)
     world.submit.chmod(0o777)
     world.out.chmod(0o555)
@@ -129,7 +126,7 @@ def test_a_folder_that_takes_no_files_is_named_before_any_work(verb: str, world:
     finally:
         world.out.chmod(mode)
     assert line.startswith(f"{world.out}") and ": cannot write here (permission denied); " in line
-    assert contents(world.out) == before
+    assert snapshot(world.out) == before
 
 
 @pytest.mark.usefixtures("idle")

@@ -292,7 +292,7 @@ def everywhere(submit: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("has_landlock", [True, False])
-def test_whoever_looks_for_answers_scores_as_a_constant_and_it_is_said(
+def test_whoever_looks_for_answers_scores_as_a_constant(
     submit: Path, monkeypatch: pytest.MonkeyPatch, has_landlock: bool
 ) -> None:
     if not has_landlock:  # Python's own rules are left
@@ -308,9 +308,7 @@ def test_whoever_looks_for_answers_scores_as_a_constant_and_it_is_said(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", LOOKS)
-def test_whoever_looks_in_one_way_scores_as_a_constant_and_it_is_said(
-    submit: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_whoever_looks_in_one_way_scores_as_a_constant(submit: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     look, words = LOOKS[how]
     with everywhere(submit, monkeypatch) as port:
         write_stranger(submit, [look], port)
@@ -318,9 +316,7 @@ def test_whoever_looks_in_one_way_scores_as_a_constant_and_it_is_said(
     assert f1 == pytest.approx(CONSTANT) and said(submit, words) in notes
 
 
-def test_below_python_the_kernel_holds_or_it_is_said_that_it_cannot(
-    submit: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_below_python_the_kernel_holds_or_the_note_says(submit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with everywhere(submit, monkeypatch) as port:
         write_stranger(submit, [look for look, _ in BELOW_PYTHON.values()], port)
         f1, notes = figures(submit)
@@ -330,9 +326,7 @@ def test_below_python_the_kernel_holds_or_it_is_said_that_it_cannot(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [*LOOKS, *BELOW_PYTHON])
-def test_each_of_these_strangers_finds_answers_where_nobody_keeps_it(
-    submit: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_each_stranger_finds_answers_without_a_guard(submit: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     if how == "everywhere":
         return  # the whole disk takes long
     look, _ = {**LOOKS, **BELOW_PYTHON}[how]

@@ -85,9 +85,7 @@ def test_answers_from_a_pipe_hide_nothing_else(submit: Path) -> None:
         os.close(reading)
 
 
-def test_of_a_crowded_folder_modules_come_first_and_it_is_said_where_it_ends(
-    submit: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_crowded_folder_modules_come_first_and_it_is_said(submit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_FILES", 3)
     for name in ("1.txt", "2.txt", "zz.py"):
         (submit / name).write_text("x = 1.0")

@@ -19,7 +19,7 @@ from PIL import Image
 from release_worlds import Payload
 from resize_worlds import hand_out, images, ledger, picture, run
 from test_main import error_of, predict
-from worlds import make_data, tiny_preset
+from worlds import make_data, train_words
 
 from data_scripts.archives import sources
 from tongkuan.__main__ import main
@@ -140,9 +140,7 @@ ROWS = st.dictionaries(st.sampled_from(KEYS.split()), JSON | st.sampled_from(["a
 
 
 @given(st.lists(ROWS | st.text(max_size=20), max_size=3), st.sampled_from(["\n", "\r\n", "\x00", "\n\n"]))
-def test_any_file_is_records_or_one_line_that_names_it(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[str], end: str
-) -> None:
+def test_any_file_is_records_or_one_line(tmp_path_factory: pytest.TempPathFactory, lines: list[str], end: str) -> None:
     path = tmp_path_factory.getbasetemp() / "wild.jsonl"
     path.write_bytes(end.join(lines).encode("utf-8", "surrogatepass"))
     for read in (read_items, read_pairs, lambda place: list(read_predictions(place))):
@@ -194,7 +192,7 @@ def test_a_zip_with_links_bombs_and_duplicate_names(raw: Path, out: Path, tmp_pa
 
 
 @given(st.integers(0, 2**31), st.integers(1, 255), st.booleans())
-def test_any_damage_to_a_zip_is_this_entrys_or_one_line(
+def test_any_damage_to_a_zip_is_one_line(
     tmp_path_factory: pytest.TempPathFactory, place: int, change: int, cut: bool
 ) -> None:
     buffer = io.BytesIO()
@@ -237,7 +235,7 @@ def test_odd_sizes_and_modes_become_square_pictures(kind: str, mode: str, size: 
     st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=6),
     st.integers(0, 99),
 )
-def test_any_damage_to_a_picture_is_a_reason_or_a_square_picture(
+def test_any_damaged_picture_is_a_reason_or_a_square(
     odd: tuple[str, str], changes: list[tuple[int, int]], cut: int
 ) -> None:
     content = bytearray(picture(0 if odd[1] in ("P", "I;16", "F") else None, odd[0], (20, 20), odd[1]))
@@ -272,9 +270,7 @@ def test_verbs_refuse_a_hostile_line(tmp_path: Path, model: Path, number: int) -
             file.write(HOSTILE_ROWS[number].encode("utf-8", "surrogatepass") + b"\n")
     for words in (predict(data, model, tmp_path / "submit"), ("attributes", "--data", data)):
         assert "info.jsonl:7: " in error_of(*words)
-    preset = tiny_preset(tmp_path)
-    words = ("train", "--preset", preset, "--data", data, "--run", tmp_path / "run", "--model", tmp_path / "m")
-    assert "item_train_info.jsonl:7: " in error_of(*words)
+    assert "item_train_info.jsonl:7: " in error_of(*train_words(tmp_path, data))
     assert not (tmp_path / "submit" / "result.jsonl").exists() and not (tmp_path / "m").exists()
 
 
@@ -289,7 +285,7 @@ def test_a_verb_ends_with_2_and_one_line(tmp_path: Path, model: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
 
 
-def test_predict_takes_titles_of_any_length_and_names_that_lead_nowhere(
+def test_predict_takes_any_titles_and_picture_names(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = make_data(tmp_path / "data", num_products=2)
@@ -313,8 +309,7 @@ def test_a_payload_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     run_dir.mkdir()
     payload = Payload(tmp_path / "ran")
     torch.save({"settings": {}, "model": payload}, run_dir / "last.pt")
-    words = ("train", "--preset", tiny_preset(tmp_path), "--data", data, "--run", run_dir, "--model", tmp_path / "m")
-    assert "last.pt: " in error_of(*words)
+    assert "last.pt: " in error_of(*train_words(tmp_path, data))
     assert not (tmp_path / "ran").exists() and not (tmp_path / "m").exists()
     pickle.loads(pickle.dumps(payload))
     assert (tmp_path / "ran").exists(), "it would have run"

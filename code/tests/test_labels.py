@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_main import error_of
 from test_train import metrics_of
-from worlds import make_data, tiny_preset, write_jsonl
+from worlds import make_data, train_words, write_jsonl
 
 from data_scripts import split
 from tongkuan.__main__ import main
@@ -34,12 +34,6 @@ def keep_label(path: Path, label: int) -> None:
     write_jsonl(path, [row for row in rows_of(path) if row["item_label"] == str(label)])
 
 
-def train_words(data: Path, out: Path, *more: str) -> list[str]:
-    preset = tiny_preset(out)
-    words = ("train", "--preset", preset, "--data", data, "--run", out / "run", "--model", out / "m", *STEPS, *more)
-    return [*map(str, words)]
-
-
 def notes_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
 
@@ -58,9 +52,7 @@ def notes_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
         ([("a", "b", None), ("a", "b", 0), ("b", "a", None)], []),
     ],
 )
-def test_contradictions_are_found_whichever_way_round(
-    rows: list[tuple[str, str, int | None]], found: list[int]
-) -> None:
+def test_contradictions_are_found_either_way_round(rows: list[tuple[str, str, int | None]], found: list[int]) -> None:
     assert contradictory([Pair(*row) for row in rows]) == found
 
 
@@ -88,9 +80,7 @@ def test_a_note_names_the_line_counts_blank_ones_and_is_gone_when_followed(tmp_p
     assert contradiction_note(path, read_pairs(path)) == ""
 
 
-def test_train_and_its_plan_and_evaluate_tell_of_contradictions(
-    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_dry_run_and_evaluate_note_them(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_data(tmp_path / "data")
     train_pairs, valid_pairs = (data / f"item_{side}_pair.jsonl" for side in ("train", "valid"))
     write_jsonl(train_pairs, [told("train-0-0", "train-0-0", 0), *rows_of(train_pairs)])
@@ -98,7 +88,7 @@ def test_train_and_its_plan_and_evaluate_tell_of_contradictions(
     write_jsonl(valid_pairs, [*rows_of(valid_pairs), told(turned["tgt_item_id"], turned["src_item_id"], 0)])
     wanted = [f"note: {train_pairs}:1: item 'train-0-0' is labelled", f"note: {valid_pairs}:25: 'valid-0-1' and "]
     for more in ([], ["--dry-run"]):
-        assert main(train_words(data, tmp_path, *more)) == 0
+        assert main(train_words(tmp_path, data, *STEPS, *more)) == 0
         assert [note.startswith(start) for note, start in zip(notes_of(capsys), wanted, strict=True)] == [True, True]
     assert main(["evaluate", "--data", str(data), "--model", str(model)]) == 0
     assert [note.startswith(wanted[1]) for note in notes_of(capsys)] == [True]
@@ -117,7 +107,7 @@ def run_split(data: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("alone", [["x"], ["a0", "b0"], ["x", "y", "z"]])
-def test_split_leaves_out_items_unlike_themselves(
+def test_split_drops_items_unlike_themselves(
     tmp_path: Path, alone: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [told(f"a{number}", f"b{number}", number % 2) for number in range(8)]
@@ -154,12 +144,12 @@ def test_nothing_is_learned_from_one_label(tmp_path: Path, label: int, names: st
     before = rows_of(path)
     keep_label(path, label)
     for more in ([], ["--dry-run"]):
-        line = error_of(*train_words(data, tmp_path, *more))
+        line = error_of(*train_words(tmp_path, data, *STEPS, *more))
         assert line.startswith(f"{path}: all 12 pairs have label {label}, from which a model only learns to call any")
         assert f"pair {names}; add pairs of label {1 - label}, or draw" in line
     assert not (tmp_path / "m").exists() and not [*tmp_path.glob("run/*")]
     write_jsonl(path, [*rows_of(path), next(row for row in before if row["item_label"] == str(1 - label))])
-    assert main(train_words(data, tmp_path)) == 0
+    assert main(train_words(tmp_path, data, *STEPS)) == 0
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -169,14 +159,14 @@ def test_no_threshold_is_chosen_by_one_label_and_the_last_model_is_kept(
     data = make_data(tmp_path / "data")
     path = data / "item_valid_pair.jsonl"
     keep_label(path, label)
-    assert main(train_words(data, tmp_path)) == 0
+    assert main(train_words(tmp_path, data, *STEPS)) == 0
     out = capsys.readouterr().out
     assert out.count("note: ") == 1 and f"note: {path}: only pairs of label {label}: no threshold can be" in out
     assert "best of" not in out and "best so far" not in out and f"{tmp_path / 'm'}: the last of 4 steps, " in out
     _, card = load_model(tmp_path / "m")
     assert (card.threshold, card.facts["step"]) == (0.0, 4)
     assert [row["threshold"] for row in metrics_of(tmp_path / "run") if "valid_f1" in row] == [0.0, 0.0]
-    assert main(train_words(data, tmp_path, "--dry-run")) == 0
+    assert main(train_words(tmp_path, data, *STEPS, "--dry-run")) == 0
     assert len(notes_of(capsys)) == 1
     assert main(["evaluate", "--data", str(data), "--model", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
@@ -190,14 +180,14 @@ def test_no_threshold_is_chosen_by_one_label_and_the_last_model_is_kept(
 def test_validation_of_a_single_item_is_of_one_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_data(tmp_path / "data")
     write_jsonl(data / "item_valid_pair.jsonl", [told("valid-0-0", "valid-0-0", 1)])
-    assert main(train_words(data, tmp_path)) == 0
+    assert main(train_words(tmp_path, data, *STEPS)) == 0
     assert [": only pairs of label 1: " in note for note in notes_of(capsys)] == [True]
     assert load_model(tmp_path / "m")[1].threshold == 0.0
 
 
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("holders", ["none", "one", "some"])
-def test_split_tells_of_a_side_with_one_label(
+def test_split_notes_a_side_of_one_label(
     tmp_path: Path, label: int, holders: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [told(f"a{number}", f"b{number}", label) for number in range(60)]

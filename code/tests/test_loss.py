@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resize_worlds import hand_out, images, ledger, noise, picture, run, snapshot
+from resize_worlds import hand_out, images, ledger, noise, picture, run
+from worlds import snapshot
 
 from data_scripts import resize
 from data_scripts import sample as script
@@ -104,7 +105,7 @@ def test_some_losses_are_told_by_cause_with_an_example_each(tmp_path: Path, caps
     assert all("such as '" in line and "; " in line for line in out[2:-2])
 
 
-def test_many_causes_stay_a_few_lines(
+def test_many_causes_are_few_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(data: bytes, _: int) -> Any:
@@ -311,7 +312,7 @@ def test_download_writes_over_nothing_that_it_did_not_bring(tmp_path: Path) -> N
         ("report", "--out", ("images/a.html", "handed_out/a.html")),
     ],
 )
-def test_no_verb_writes_into_the_pictures_or_the_pairs_handed_out(
+def test_no_verb_writes_into_pictures_or_raw_pairs(
     verb: str, option: str, places: tuple[str, ...], tmp_path: Path
 ) -> None:
     data = tmp_path / "data"

@@ -77,17 +77,13 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_cores_are_bounded_by_the_quotas_of_containers(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cores_are_bounded_by_container_quotas(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     told, cores = MACHINES[name]
     assert available_cores(machine(tmp_path, *told)) == cores
 
 
-def test_a_system_that_tells_nothing_has_the_cores_of_the_affinity(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_quotas_there_are_the_cores_of_the_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7})
     assert available_cores(tmp_path) == 3
     assert available_cores(machine(tmp_path, *v2(__="200000 100000"))) == 2

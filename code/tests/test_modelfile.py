@@ -168,9 +168,7 @@ def advised(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["model.pth", "my model.ckpt", "old.bin", "release.safetensors"])
-def test_a_checkpoint_is_told_how_to_become_a_model_and_does(
-    data: Path, release: Release, tmp_path: Path, form: str
-) -> None:
+def test_the_advice_for_a_checkpoint_makes_a_model(data: Path, release: Release, tmp_path: Path, form: str) -> None:
     path = tmp_path / form
     state = torch.load(release.path, weights_only=True)["params"]
     if path.suffix == ".safetensors":
@@ -185,9 +183,7 @@ def test_a_checkpoint_is_told_how_to_become_a_model_and_does(
     assert main([*map(str, predict_words(data, Path(words[-1]), tmp_path / "submit"))]) == 0
 
 
-def test_other_programs_weights_and_folders_are_told_apart(
-    data: Path, model: Path, release: Release, tmp_path: Path
-) -> None:
+def test_other_weights_and_folders_are_told_apart(data: Path, model: Path, release: Release, tmp_path: Path) -> None:
     save_file({"layers.0.weight": torch.ones(2)}, tmp_path / "timm.safetensors", {"format": "pt"})
     line = one_line(tmp_path / "timm.safetensors")
     assert "weights, but not a model of ours; train with it as an encoder" in line and str(tmp_path) in line
@@ -213,9 +209,7 @@ def test_what_is_nothing_known_is_one_line(tmp_path: Path, content: bytes) -> No
 
 
 @pytest.mark.parametrize("form", ["zip", "gz", "xz", "bz2"])
-def test_a_packed_file_is_told_so_and_unpacked_is_taken(
-    model: Path, release: Release, tmp_path: Path, form: str
-) -> None:
+def test_a_packed_file_is_named_as_such(model: Path, release: Release, tmp_path: Path, form: str) -> None:
     for source in (model, release.path):
         path = tmp_path / f"{source.name}.{form}"
         if form == "zip":

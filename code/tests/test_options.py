@@ -43,9 +43,7 @@ NUMERIC = list(numeric_options())
 @pytest.mark.parametrize(
     ("verb", "action"), NUMERIC, ids=[f"{verb}{action.option_strings[0]}" for verb, action in NUMERIC]
 )
-def test_a_numeric_option_takes_what_is_in_its_range_and_names_itself_otherwise(
-    verb: str, action: argparse.Action
-) -> None:
+def test_a_numeric_option_takes_its_range_and_names_itself_otherwise(verb: str, action: argparse.Action) -> None:
     parser, option = parser_of(verb), action.option_strings[0]
     for word in WILD:
         try:
@@ -204,7 +202,7 @@ def test_a_whole_number_may_be_written_in_several_ways_and_none_is_octal(overrid
 @example(-0.0)
 @example(5e-324)
 @example(7)
-def test_a_threshold_that_is_taken_is_written_so_that_it_is_read_back(
+def test_a_threshold_that_is_taken_is_read_back_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, number: float
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "wild-threshold.jsonl"
@@ -274,9 +272,7 @@ def odd(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_next_line_of_each_verb_of_a_result_can_be_typed(
-    odd: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_next_line_of_a_results_verbs_works(odd: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, submit, own = make_data(odd / "data", num_products=2), odd / "submit", odd / "model.safetensors"
     own.write_bytes(model.read_bytes())
     pairs, labelled = data / "item_test_pair.jsonl", data / "item_valid_pair.jsonl"

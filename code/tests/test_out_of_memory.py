@@ -23,7 +23,7 @@ def out_of_memory(*_: object) -> torch.Tensor:
     return torch.empty(1 << 45)
 
 
-def test_a_training_without_memory_names_its_largest_part_and_what_to_lower(
+def test_training_names_its_largest_part_and_what_to_lower(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Learner, "part_loss", out_of_memory)
@@ -37,7 +37,7 @@ def test_a_training_without_memory_names_its_largest_part_and_what_to_lower(
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
-def test_encoding_without_memory_names_the_batch(
+def test_encoding_names_the_batch(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     monkeypatch.setattr(TwoTowers, "forward", out_of_memory)

@@ -109,7 +109,7 @@ def test_odd_pictures_come_out_as_pillow_has_them(data: bytes) -> None:
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.4, 0.6, 0.8, 0.9, 0.99, 0.9999])
-def test_a_damaged_large_jpeg_is_judged_by_its_full_decode(
+def test_a_damaged_jpeg_is_judged_by_a_full_decode(
     share: float, progressive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encode(noise(600, 600), progressive=progressive)

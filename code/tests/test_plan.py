@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from worlds import tiny_preset, tiny_settings
+from worlds import snapshot, tiny_preset, tiny_settings
 
 from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
@@ -25,37 +25,31 @@ def line_of(lines: list[str], start: str) -> str:
     return found[0]
 
 
-def all_files(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_plan_of_training_counts_and_estimates_and_writes_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     preset = tiny_preset(tmp_path)
-    before = all_files(tmp_path)
+    before = snapshot(tmp_path)
     lines = plan(capsys, "train", "--preset", preset, "--data", data, "train.steps=60", "train.validate_every=20")
     assert "24 pairs, 50.0% the same product, of 18 items" in line_of(lines, "train: ")
     assert "24 pairs" in line_of(lines, "valid: ") and "without a picture file: 0" in line_of(lines, "valid: ")
     assert "60 of 4 pairs; ranks 1; each pair is met 10 times" in line_of(lines, "steps: ")
     assert "3 validations" in line_of(lines, "time: ") and line_of(lines, "memory of a rank in MiB")
-    assert all_files(tmp_path) == before and not (tmp_path / "runs").exists()
+    assert snapshot(tmp_path) == before and not (tmp_path / "runs").exists()
 
 
-def test_a_plan_goes_on_from_what_a_run_has_and_leaves_it_alone(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_goes_on_from_what_a_run_has(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preset, run = tiny_preset(tmp_path), tmp_path / "run"
     train(tiny_settings(tmp_path), data, run, tmp_path / "model.safetensors")
-    before = all_files(tmp_path)
+    before = snapshot(tmp_path)
     words = ("train", "--preset", preset, "--data", data, "--run", run)
     lines = plan(capsys, *words)
     assert "goes on after step 6: 0 of 4 pairs" in line_of(lines, "steps: ")
     assert line_of(lines, "time: ").startswith("time: 00:00: ")
     with pytest.raises(UserError, match="a run of other settings"):
         plan(capsys, *words, "train.seed=1")
-    assert all_files(tmp_path) == before
+    assert snapshot(tmp_path) == before
 
 
 def test_a_plan_of_predicting_foretells_the_size_of_the_result(

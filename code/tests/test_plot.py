@@ -10,10 +10,11 @@ import pytest
 from commands import ok, run_verb
 from hypothesis import example, given
 from hypothesis import strategies as st
+from test_main import error_of
 
 from tongkuan.base.errors import UserError
 from tongkuan.base.metrics import quality_at
-from tongkuan.report.plot import MAX_BINS, draw, histogram, plot
+from tongkuan.report.plot import HEIGHT, MAX_BINS, WIDTH, draw, histogram, plot
 
 SIMILARITY = "def compute(a, b): return a[0] * b[0]"
 
@@ -48,7 +49,7 @@ def drawn(scores: list[float], labels: list[int], thresholds: list[float]) -> li
     return texts_of(draw(np.array(scores, dtype=np.float64), np.array(labels), np.array(thresholds, dtype=np.float64)))
 
 
-def test_the_drawing_says_counts_threshold_and_figures(
+def test_it_says_counts_and_figures(
     result: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot(*result, tmp_path / "new" / "scores.svg")
@@ -93,9 +94,7 @@ SCORES = st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 1)), min_size=1
 @given(SCORES, st.floats(-1e6, 1e6))
 @example([(1.0, 1), (1.0, 0)], 1.0)
 @example([(-5e-324, 1), (5e-324, 0)], 0.0)
-def test_bars_add_up_and_split_at_the_threshold_as_the_judges_do(
-    pairs: list[tuple[float, int]], threshold: float
-) -> None:
+def test_bars_add_up_and_split_as_the_judges_do(pairs: list[tuple[float, int]], threshold: float) -> None:
     scores = np.array([score for score, _ in pairs])
     labels = np.array([label for _, label in pairs])
     edges, counts = histogram(scores, labels, threshold)
@@ -126,7 +125,13 @@ def test_pairs_with_thresholds_of_their_own_are_drawn_by_the_distance_to_it() ->
     ],
 )
 def test_odd_results_are_drawn(scores: list[float], labels: list[int], legend: str) -> None:
-    assert {legend, "threshold 0"} <= set(drawn(scores, labels, [0.0] * len(scores)))
+    svg = draw(np.array(scores, dtype=np.float64), np.array(labels), np.zeros(len(scores)))
+    assert {legend, "threshold 0"} <= set(texts_of(svg))
+    areas = re.findall(r'kind: (\w+) [^>]*area mark" d="([^"]*)"', svg)
+    assert {kind for kind, _ in areas} == {("different", "same")[label] for label in labels}
+    for _, path in areas:
+        places = [float(number) for number in re.findall(r"[^MLZ,]+", path)]
+        assert min(places[1::2]) < HEIGHT == max(places[1::2]) and 0 <= min(places[::2]) < max(places[::2]) <= WIDTH
 
 
 def test_twenty_thousand_pairs_make_no_larger_drawing() -> None:
@@ -145,8 +150,7 @@ def test_scores_without_a_finite_span_are_the_users_to_mend(thresholds: list[flo
 def test_a_score_that_is_not_finite_is_refused_in_one_line(result: tuple[Path, Path]) -> None:
     submit, pairs = result
     (submit / "similarity.py").write_text("def compute(a, b): return float('inf')", encoding="utf-8")
-    done = run_verb("plot", "--submit", submit, "--pairs", pairs)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not finite" in done.stderr
+    assert "not finite" in error_of("plot", "--submit", submit, "--pairs", pairs)
     assert not (submit / "scores.svg").exists()
 
 
@@ -164,9 +168,7 @@ def test_bad_input_is_refused_as_score_refuses_it(result: tuple[Path, Path], tmp
 
 
 @pytest.mark.parametrize("name", ["scores.pdf", "scores", "folder.svg"])
-def test_a_name_that_is_no_picture_is_refused_before_any_work(
-    result: tuple[Path, Path], tmp_path: Path, name: str
-) -> None:
+def test_a_name_that_is_no_picture_is_refused_first(result: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.svg").mkdir()
     with pytest.raises(UserError, match=r"let --out end in \.svg or \.png"):
         plot(*result, tmp_path / name)

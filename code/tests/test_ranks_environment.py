@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import environment
-from worlds import tiny_preset
+from worlds import train_words
 
 from tongkuan.__main__ import main, num_ranks
 from tongkuan.base.errors import UserError
@@ -79,9 +79,7 @@ HALVES = {
 
 @pytest.mark.parametrize("said", HALVES)
 @pytest.mark.parametrize("verb", ["train", "predict", "evaluate"])
-def test_half_an_environment_is_named_and_its_advice_works(
-    said: str, verb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_an_environment_is_named_with_advice(said: str, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name_group(monkeypatch, said)
     with pytest.raises(UserError) as caught:
         main([verb])
@@ -98,9 +96,7 @@ def test_a_number_of_ranks_and_a_group_of_the_environment_exclude_each_other(mon
         main(["train", "--nproc", "2"])
 
 
-def test_whom_a_rank_waits_for_is_said_at_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_whom_a_rank_waits_for_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     name_group(monkeypatch, f"WORLD_SIZE=3 RANK=1 {MASTER}")
     assert num_ranks(None) == 1
     line = capsys.readouterr().err
@@ -121,7 +117,7 @@ def test_a_verb_without_ranks_ignores_the_group(said: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("said", ["RANK=1", "RANK=3 WORLD_SIZE=4", "RANK=1 LOCAL_RANK=1", f"{TELL}=9", f"{LAUNCHER}=1"])
-def test_an_error_is_said_whatever_the_environment(
+def test_an_error_is_always_printed(
     said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name_group(monkeypatch, said)
@@ -156,24 +152,10 @@ distributed.join = told
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
-def test_a_rank_that_waits_for_others_answers_a_request_to_stop(
-    rank: int, number: int, data: Path, tmp_path: Path
-) -> None:
-    words = [
-        "train",
-        "--preset",
-        tiny_preset(tmp_path),
-        "--data",
-        data,
-        "--run",
-        tmp_path / "r",
-        "--model",
-        tmp_path / "m",
-    ]
-    (tmp_path / "own").mkdir()
+def test_a_rank_that_waits_for_others_can_be_stopped(rank: int, number: int, data: Path, tmp_path: Path) -> None:
     script = f"{JOINING}\nfrom tongkuan.__main__ import run\nsys.exit(run())"
     group = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", script, *map(str, words)]
+    command = [sys.executable, "-c", script, *train_words(tmp_path, data)]
     waiting = subprocess.Popen(
         command,
         env=environment() | group,

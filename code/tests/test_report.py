@@ -54,6 +54,12 @@ def made(world: World, folder: Path, **options: Any) -> str:
     return out.read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def html(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the result."""
+    return made(world, tmp_path_factory.mktemp("page"))
+
+
 def data_of(html: str) -> dict[str, Any]:
     found = re.search(r'id="data">([^<]*)<', html)
     assert found
@@ -61,8 +67,7 @@ def data_of(html: str) -> dict[str, Any]:
     return data
 
 
-def test_the_headline_is_that_of_the_judges_with_the_interval_of_evaluate(world: World, tmp_path: Path) -> None:
-    html = made(world, tmp_path)
+def test_the_headline_is_that_of_the_judges_with_the_interval_of_evaluate(html: str, world: World) -> None:
     scores, labels = np.array(world.scores), np.array(world.labels)
     for cut in (0.0, 0.25):
         quality = quality_at(scores, labels, cut)
@@ -72,8 +77,7 @@ def test_the_headline_is_that_of_the_judges_with_the_interval_of_evaluate(world:
     assert f"[{low:.4f}, {high:.4f}]" in html
 
 
-def test_hostile_texts_are_text_and_lead_nowhere(world: World, tmp_path: Path) -> None:
-    html = made(world, tmp_path)
+def test_hostile_texts_are_text_and_lead_nowhere(html: str) -> None:
     page = Page(html)
     assert [tag for tag, _ in page.tags].count("script") == 4
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
@@ -99,8 +103,7 @@ def test_a_hostile_label_file_and_manifest_are_escaped(tmp_path: Path) -> None:
     assert SCRIPT in Page(html).text and "not the file of the manifest" in html
 
 
-def test_a_page_fetches_nothing_and_runs_only_its_own_scripts(world: World, tmp_path: Path) -> None:
-    html = made(world, tmp_path)
+def test_a_page_fetches_nothing_and_runs_only_its_own_scripts(html: str) -> None:
     policy = next(a["content"] for tag, a in Page(html).tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy and policy.startswith("default-src 'none'; script-src 'sha256-") and policy.count("sha256-") == 2
     assert "unsafe-eval" not in policy and "script-src 'unsafe-inline'" not in policy
@@ -111,13 +114,12 @@ def test_a_page_fetches_nothing_and_runs_only_its_own_scripts(world: World, tmp_
 
 @pytest.mark.slow
 def test_the_same_inputs_give_the_same_bytes_in_every_process(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    html: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = made(world, tmp_path).encode()
     monkeypatch.setenv("PYTHONHASHSEED", "1")
     words = ("report", "--submit", world.submit, "--pairs", world.pairs, "--data", world.data)
     out = ok(run_verb(*words, "--out", tmp_path / "b.html"))
-    assert (tmp_path / "b.html").read_bytes() == expected
+    assert (tmp_path / "b.html").read_bytes() == html.encode()
     assert "60 pairs" in out and "open it in a browser" in out
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageFile
-from resize_worlds import SIZE, bomb, colour, hand_out, images, ledger, noise, picture, read_rows, run, snapshot
+from resize_worlds import SIZE, bomb, colour, hand_out, images, ledger, noise, picture, read_rows, run
+from worlds import snapshot
 
 from data_scripts import resize
 from data_scripts.archives import sources
@@ -66,7 +67,7 @@ def test_answers_of_the_sample_come_along(raw: Path, data: Path) -> None:
         ("web.jpg", picture((0, 0, 255), "WEBP", lossless=True), (0, 0, 255)),
     ],
 )
-def test_every_colour_mode_becomes_rgb_on_white(
+def test_every_mode_is_rgb_on_white(
     raw: Path, data: Path, name: str, content: bytes, expected: tuple[int, ...]
 ) -> None:
     hand_out(raw, "train", {name: content})

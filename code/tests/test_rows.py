@@ -94,9 +94,7 @@ def test_an_encoding_that_begins_late_is_told(path: Path) -> None:
         ("cp1251", "WINDOWS-1251", ["Футболка хлопковая красная", "размер бренд"]),
     ],
 )
-def test_another_encoding_is_not_guessed_and_the_command_makes_it_right(
-    path: Path, encoding: str, name: str, titles: list[str]
-) -> None:
+def test_another_encoding_is_named_with_what_mends_it(path: Path, encoding: str, name: str, titles: list[str]) -> None:
     lines = [{"item_id": str(number), "title": title} for number, title in enumerate(titles)]
     path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines).encode(encoding))
     assert f"looks like {name}: iconv" in error_of(path) and "delete" not in error_of(path)

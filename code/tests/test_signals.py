@@ -117,9 +117,7 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_an_unbroken_one(
     assert (tmp_path / "model").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def test_a_request_after_the_last_step_still_ends_the_verb(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_after_the_last_step_still_ends(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Run.save
 
     def ask(self: Run, step: int, *rest: Any) -> None:
@@ -136,9 +134,7 @@ def test_a_request_after_the_last_step_still_ends_the_verb(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_ranks_stop_after_the_same_step_and_go_on_to_the_same_bytes(
-    data: Path, tmp_path: Path, number: int
-) -> None:
+def test_two_ranks_stop_after_one_step_and_go_on_to_the_same_bytes(data: Path, tmp_path: Path, number: int) -> None:
     words = ("--nproc", 2, "train.steps=60", "train.validate_every=20", "train.save_every=50", "train.pairs=8")
     run = Training(data, tmp_path / "run", *words).begun()
     asked = time.monotonic()

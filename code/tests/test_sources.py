@@ -84,9 +84,7 @@ def unicode_field(raw: bytes, text: str, crc: int | None = None, version: int = 
 @pytest.mark.parametrize(
     ("crc", "version", "expected"), [(None, 1, "红.jpg"), (7, 1, "blau.jpg"), (None, 2, "blau.jpg")]
 )
-def test_the_unicode_path_field_counts_only_with_a_right_checksum(
-    tmp_path: Path, crc: int | None, version: int, expected: str
-) -> None:
+def test_a_unicode_path_needs_a_right_checksum(tmp_path: Path, crc: int | None, version: int, expected: str) -> None:
     info = zipfile.ZipInfo("blau.jpg")
     info.extra = unicode_field(b"blau.jpg", "红.jpg", crc, version)
     with zipfile.ZipFile(tmp_path / f"{STEM}.zip", "w") as archive:
@@ -284,9 +282,7 @@ def test_the_order_is_that_of_names_whatever_the_folders(tmp_path: Path, monkeyp
     assert list(read_all(tmp_path)) == expected == ["a.jpg", "b.jpg", "a/1.jpg", "a/2.jpg", "c/x.jpg"]
 
 
-def test_a_folder_that_cannot_be_opened_and_a_file_that_vanishes_are_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_closed_folder_and_a_file_that_vanishes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.jpg", "gone.jpg", "shut/b.jpg"):
         put(tmp_path / STEM, b"x", name)
     scandir = os.scandir

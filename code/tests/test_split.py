@@ -102,9 +102,7 @@ def test_the_order_of_the_lines_does_not_matter_but_the_seed_does(tmp_path: Path
     assert read_side(tmp_path / "a", "valid")[0] != before
 
 
-def test_a_pair_counts_once_and_contradictions_count_for_neither_side(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pair_counts_once_and_contradictions_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train: list[Line] = [("a", "b", 1), ("b", "a", 1), ("a", "b", 1), ("c", "d", 0), ("d", "c", 1), ("e", "f", None)]
     hand_out(tmp_path, train=train, valid=[("g", "h", 0), ("b", "a", 1)])
     report = run(tmp_path)
@@ -116,7 +114,7 @@ def test_a_pair_counts_once_and_contradictions_count_for_neither_side(
     assert "1 unlabelled, 3 repeated, 1 labelled both ways" in capsys.readouterr().out
 
 
-def test_a_component_with_most_of_the_pairs_goes_to_train_and_is_reported(
+def test_a_component_of_most_pairs_goes_to_train_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chain: list[Line] = [(f"a{n:04}", f"a{n + 1:04}", n % 2) for n in range(2000)]
@@ -170,9 +168,7 @@ def test_what_cannot_be_drawn_is_an_error_and_changes_nothing(tmp_path: Path, li
     st.floats(0.05, 50),
     st.integers(0, 5),
 )
-def test_components_are_whole_and_disjoint_for_any_pairs(
-    lines: list[tuple[int, int, int]], ratio: float, seed: int
-) -> None:
+def test_any_components_are_whole_and_disjoint(lines: list[tuple[int, int, int]], ratio: float, seed: int) -> None:
     pairs = split.clean(Pair(str(left), str(right), label) for left, right, label in lines).pairs
     components = split.find_components(pairs)
     seen: set[str] = set()

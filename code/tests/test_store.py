@@ -55,9 +55,7 @@ def test_texts_and_pictures_share_one_room(tmp_path: Path, count: int, cache_mb:
     assert len(store._tokens) == kept
 
 
-def test_lengths_are_asked_for_without_holding_all_tokens_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lengths_are_read_without_holding_all_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, asked, real = text_store(tmp_path, 5000, cache_mb=0), [], ItemStore.tokens
     monkeypatch.setattr(ItemStore, "tokens", lambda self, ids: asked.append(len(ids)) or real(self, ids))
     batches = length_batches(store, list(store.items), 32)

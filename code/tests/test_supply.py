@@ -80,7 +80,7 @@ def test_a_package_that_names_none_has_that_of_its_licence_file() -> None:
     assert licences.licence_of(component("axe-playwright-python")) == "MIT License"
 
 
-def test_a_licence_that_nobody_tells_is_an_error(
+def test_no_licence_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(licences.importlib.metadata, "files", lambda _: None)

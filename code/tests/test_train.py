@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(data: Path, 
     assert first == again != other
 
 
-def test_a_rank_computes_with_as_many_threads_as_asked(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_has_as_many_threads_as_asked(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not with as many as the machine has cores: sums that are cut otherwise end in other bits."""
     seen, before = [], torch.get_num_threads()
 
@@ -227,23 +226,10 @@ def test_a_run_folder_of_other_settings_is_refused_by_name(data: Path, tmp_path:
         train(other, data, tmp_path / "run", tmp_path / "model.safetensors")
 
 
-def test_a_batch_that_cannot_be_dealt_evenly_is_refused(data: Path, tmp_path: Path) -> None:
-    done = run_verb(
-        "train",
-        "--preset",
-        tiny_preset(tmp_path),
-        "--data",
-        data,
-        "--run",
-        tmp_path / "r",
-        "--model",
-        tmp_path / "m.safetensors",
-        "--nproc",
-        2,
-        "train.pairs=5",
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "multiple of 2" in done.stderr
+def test_a_batch_that_is_uneven_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tongkuan.learn.train.ranks", lambda: nullcontext(Ranks(0, 2, CPU)))
+    with pytest.raises(UserError, match="multiple of 2"):
+        train(tiny_settings(tmp_path, "train.pairs=5"), data, tmp_path / "run", tmp_path / "model.safetensors")
 
 
 def test_the_kept_model_is_the_best_and_carries_its_threshold(model: Path) -> None:

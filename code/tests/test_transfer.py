@@ -240,9 +240,7 @@ def test_without_a_length_or_a_version_the_rest_is_of_no_use(server: Server, raw
     assert set(server.ranges) == {None} and files(raw) == {ZIP: CONTENT[ZIP]}
 
 
-def test_an_attempt_that_brings_enough_is_no_failure(
-    server: Server, raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attempt_may_bring_enough(server: Server, raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.misbehave = lambda h, data: (
         h.reply_from(data, 9000, len(data)) if h.start() else h.reply(200, data[:9000], len(data))
     )
@@ -336,9 +334,7 @@ def test_another_version_of_a_part_replaces_the_joined_archive(server: Server, r
 
 
 @pytest.mark.usefixtures("half")
-def test_a_full_disk_is_the_users_to_mend(
-    server: Server, raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line(server: Server, raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(FaultError, match="disk is full; make room and run the same"):
         patch.setattr(transfer, "accept", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         fetch(raw, links)

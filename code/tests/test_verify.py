@@ -108,7 +108,7 @@ def no_manifest(submit: Path, data: Path, model: Path) -> None:
         (no_manifest, "no such file"),
     ],
 )
-def test_what_differs_is_named_in_one_line(
+def test_what_differs_is_named(
     world: tuple[Path, Path, Path], change: Callable[[Path, Path, Path], None], said: str
 ) -> None:
     change(*world)

@@ -67,6 +67,12 @@ def strided(value: torch.Tensor) -> torch.Tensor:
     return torch.stack([value, value], dim=-1)[..., 0]
 
 
+EXTRA = {
+    "txt_encoder1.embeddings.position_ids": torch.arange(140)[None],
+    "txt_encoder2.pooler.dense.weight": torch.zeros(16, 16),
+    "img_encoder1.encoder.layers.0.blocks.1.attention.self.relative_position_index": torch.zeros(16, 16).long(),
+    "img_encoder2.encoder.layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16),
+}
 Wrap = Callable[[State], Any]
 TAKEN: dict[str, Wrap] = {
     "checkpoint.state_dict": lambda s: {"checkpoint": {"state_dict": s, "epoch": 3}, "rng": torch.zeros(4)},
@@ -79,7 +85,8 @@ TAKEN: dict[str, Wrap] = {
     "network.": lambda s: {"state_dict": prefixed(s, "network.towers.")},
     "compiled inside": lambda s: {"params": inside(s, "_orig_mod")},
     "old names": lambda s: {"model": prefixed(old_names(s), "module.")},
-    "a buffer": lambda s: {"net": prefixed(s | {"txt_encoder1.embeddings.position_ids": torch.arange(9)}, "model.")},
+    "bare": lambda s: s,
+    "buffers and a pooler": lambda s: {"net": prefixed(s | EXTRA, "model.")},
     "parameters": lambda s: {"model": {key: nn.Parameter(value) for key, value in s.items()}},
     "no place of their own": lambda s: {"model": {key: strided(value) for key, value in s.items()}},
     "double": lambda s: {"model": {key: value.double() for key, value in s.items()}},
@@ -89,18 +96,19 @@ TAKEN: dict[str, Wrap] = {
 @pytest.mark.parametrize("form", TAKEN)
 def test_a_wrapping_changes_nothing(original: Release, state: State, plain: State, tmp_path: Path, form: str) -> None:
     release = replace(original, path=tmp_path / "mine.ckpt")
-    torch.save(TAKEN[form](state), release.path)
+    torch.save(TAKEN[form](state), release.path, _use_new_zipfile_serialization=form != "bare")  # torch before 1.6
     main(release.words(tmp_path / "out"))
     other = load_file(tmp_path / "out")
     assert other.keys() == plain.keys() and all(torch.equal(other[key], plain[key]) for key in plain)
 
 
-def test_bfloat16_becomes_float32(original: Release, state: State, plain: State, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
+def test_halves_are_widened(original: Release, state: State, plain: State, tmp_path: Path, dtype: torch.dtype) -> None:
     release = replace(original, path=tmp_path / "mine.ckpt")
-    torch.save({"model": {key: value.bfloat16() for key, value in state.items()}}, release.path)
+    torch.save({"model": {key: value.to(dtype) for key, value in state.items()}}, release.path)
     main(release.words(tmp_path / "out"))
     other = load_file(tmp_path / "out")
-    assert all(torch.equal(other[key], plain[key].bfloat16().float()) for key in plain)
+    assert all(torch.equal(other[key], plain[key].to(dtype).float()) for key in plain)
 
 
 def test_a_safetensors_file_is_a_checkpoint_too(original: Release, state: State, plain: State, tmp_path: Path) -> None:
@@ -150,9 +158,7 @@ def test_two_state_dicts_are_named_and_the_advice_takes_one(
         ({1: {"fc9": 2}}, "the keys 1"),
     ],
 )
-def test_what_is_no_state_dict_of_the_entry_is_described(
-    original: Release, tmp_path: Path, content: object, found: str
-) -> None:
+def test_what_is_no_state_dict_is_described(original: Release, tmp_path: Path, content: object, found: str) -> None:
     torch.save(content, tmp_path / "mine.pth")
     line = error_of(*replace(original, path=tmp_path / "mine.pth").words(tmp_path / "out"))
     assert "mine.pth: no {" in line and found in line and not (tmp_path / "out").exists()
@@ -199,9 +205,7 @@ def test_any_prefixes_in_any_order_are_left_out(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("odd", [np.float64(3), argparse.Namespace(lr=1), nn.Linear(2, 2)])
-def test_what_could_run_code_is_refused_with_a_way_out(
-    original: Release, state: State, tmp_path: Path, odd: object
-) -> None:
+def test_what_could_run_code_is_refused(original: Release, state: State, tmp_path: Path, odd: object) -> None:
     release = replace(original, path=tmp_path / "mine.pth")
     torch.save({"model": state, "best": odd}, release.path)
     line = error_of(*release.words(tmp_path / "out"))
@@ -211,9 +215,7 @@ def test_what_could_run_code_is_refused_with_a_way_out(
 
 
 @pytest.mark.parametrize("kind", ["int8", "sparse", "meta", "complex"])
-def test_tensors_that_are_no_plain_numbers_are_named(
-    original: Release, state: State, tmp_path: Path, kind: str
-) -> None:
+def test_tensors_of_no_plain_numbers_are_named(original: Release, state: State, tmp_path: Path, kind: str) -> None:
     value = state["fc1.weight"]
     odd = {"int8": value.to(torch.int8), "sparse": value.to_sparse(), "meta": value.to("meta"), "complex": value + 0j}
     torch.save({"model": {**state, "fc1.weight": odd[kind]}}, tmp_path / "mine.pth")

@@ -7,6 +7,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
+from tongkuan.base.files import sha256_of
 from tongkuan.settings import Settings, load_settings
 
 TINY = """
@@ -45,6 +46,18 @@ def tiny_preset(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(TINY, encoding="utf-8")
     return path
+
+
+def train_words(folder: Path, data: Path, *more: object) -> list[str]:
+    """The verb with the smallest preset, its run and its model in the folder."""
+    words = ("train", "--preset", tiny_preset(folder), "--data", data, "--run", folder / "run", "--model", folder / "m")
+    return [*map(str, words), *map(str, more)]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """The sha256 of every file by its path; of TensorBoard's curves not: they hold the time, and are no artefact."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and "tensorboard" not in path.parts)
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
