@@ -143,7 +143,7 @@ def test_titles_lose_html_and_characters_without_width_in_quoted_only() -> None:
 def test_any_text_has_pairs_that_are_clean(text: str) -> None:
     for style in ("quoted", "published"):
         for key, values in parse_attributes(text, style).items():
-            assert key == normalise(key) and values and len(set(values)) == len(values)
+            assert key and key == normalise(key) and values and all(values) and len(set(values)) == len(values)
     plain(text)
 
 

@@ -26,10 +26,10 @@ from tongkuan.settings import Augmentation, ImageEncoder, TextEncoder
 TITLES = Path(__file__).resolve().parents[3] / "shared" / "data" / "titles" / "titles.jsonl"
 
 
-def open_world(data: Path, *overrides: str, cache_mb: int = 0) -> ItemStore:
+def open_world(data: Path, *overrides: str) -> ItemStore:
     items = read_items(item_file(data, "train"))
     settings = tiny_settings(data.parent, *overrides).model
-    return open_store(items, data, settings, character_tokenizer(item.title for item in items.values()), cache_mb)
+    return open_store(items, data, settings, character_tokenizer(item.title for item in items.values()), 0)
 
 
 def titles() -> list[str]:
@@ -107,13 +107,6 @@ def test_pictures_are_normalised_as_published(tmp_path: Path) -> None:
     pixel = normalised(store.batch(["a"]), ImageEncoder())[0, :, 3, 3]
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
     assert pixel.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_cached_picture_is_the_same_picture(data: Path) -> None:
-    plain, cached = open_world(data), open_world(data, cache_mb=8)
-    ids = list(plain.items)[:4]
-    for _ in range(2):
-        assert torch.equal(plain.batch(ids).images, cached.batch(ids).images)
 
 
 def test_prefetching_keeps_the_order_and_works_ahead_within_bounds() -> None:

@@ -4,15 +4,15 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import orjson
 import pytest
 from commands import without_root
 from test_main import error_of
-from worlds import snapshot, tiny_preset, write_jsonl
+from verb_worlds import WRITERS, World
+from worlds import snapshot
 
 import tongkuan.encode.encode
 import tongkuan.judge.check
@@ -29,69 +29,17 @@ from tongkuan.base import errors  # all imported as root: not everybody may read
 from tongkuan.cli.exits import report_error
 from tongkuan.model import towers as model  # all imported as root: not everybody may read where they are installed
 
-Words = Callable[["World"], list[object]]
-
-
-class World:
-    """Inputs of every verb, readable by all, and `out`: a folder with a file from before, that takes no more."""
-
-    def __init__(self, top: Path, data: Path, model: Path) -> None:
-        self.top, self.out = top, top / "out"
-        self.data, self.raw = shutil.copytree(data, top / "data"), top / "raw"
-        self.model, self.preset = Path(shutil.copy(model, top / "model.safetensors")), tiny_preset(top)
-        self.submit, self.answers = top / "submit", top / "answers.jsonl"
-        for split in ("train", "valid", "test"):
-            shutil.copytree(data / "images", self.raw / f"item_{split}_images")
-            for kind in ("info", "pair"):
-                shutil.copy(data / f"item_{split}_{kind}.jsonl", self.raw)
-        shutil.copytree(self.raw, self.out / "handed_out", ignore=shutil.ignore_patterns("*images", "*test*"))
-        (self.out / "split.json").write_text("from before")
-
 
 @pytest.fixture(scope="module")
 def world(data: Path, model: Path) -> Iterator[World]:
-    """pytest's own folders are private to root; this one is not."""
+    """`out` has files from before and takes no more. pytest's own folders are private to root; this one is not."""
     with tempfile.TemporaryDirectory() as name:
         found = World(Path(name), data, model)
-        main([*map(str, predict_words(found)), "--submit", str(found.submit)])
-        pairs = [f"test-{product}-" for product in range(6)]
-        rows = (found.data / "item_test_pair.jsonl").read_text().splitlines()
-        assert len(rows) == 4 * len(pairs)
-        labelled = [{**orjson.loads(row), "item_label": str(int(number % 4 < 2))} for number, row in enumerate(rows)]
-        write_jsonl(found.answers, labelled)
+        found.hand_out()
+        (found.out / "split.json").write_text("from before")
+        found.judge("score")
         subprocess.run(["chmod", "-R", "a+rX", name], check=True)
         yield found
-
-
-def predict_words(world: World) -> list[object]:
-    return ["predict", "--data", world.data, "--model", world.model]
-
-
-def train_words(world: World) -> list[object]:
-    return ["train", "--preset", world.preset, "--data", world.data]
-
-
-def judge_words(world: World, verb: str) -> list[object]:
-    return [verb, "--submit", world.submit, "--pairs", world.answers]
-
-
-WRITERS: dict[str, Words] = {
-    "download": lambda world: ["download", "--from", world.raw, "--raw", world.out],
-    "sample": lambda world: ["sample", "--products", 40, "--raw", world.out],
-    "resize": lambda world: ["resize", "--raw", world.raw, "--data", world.out],
-    "split": lambda world: ["split", "--data", world.out],
-    "weights": lambda world: ["weights", "--model", world.model, "--out", world.out / "model"],
-    "weights fetched": lambda world: ["weights", "--preset", world.preset, "model.text.weights=hub:some/where"],
-    "train": lambda world: [*train_words(world), "--run", world.out, "--model", world.top / "m"],
-    "train --model": lambda world: [*train_words(world), "--run", world.top / "run", "--model", world.out / "m"],
-    "predict": lambda world: [*predict_words(world), "--submit", world.out],
-    "predict --cache": lambda world: [*predict_words(world), "--submit", world.submit, "--cache", world.out],
-    "evaluate": lambda world: ["evaluate", *predict_words(world)[1:], "--cache", world.out],
-    "plot": lambda world: [*judge_words(world, "plot"), "--out", world.out / "a.svg"],
-    "report": lambda world: [*judge_words(world, "report"), "--data", world.data, "--out", world.out / "a.html"],
-    "explain": lambda world: ["explain", *predict_words(world)[1:], "--out", world.out / "a.html"],
-    "demo": lambda world: ["demo", "--run", world.out],
-}
 
 
 @pytest.fixture
@@ -148,12 +96,12 @@ def test_a_file_in_the_folders_place_is_named_before_any_work(verb: str, world: 
 @pytest.mark.parametrize(
     ("words", "place"),
     [
-        (lambda world: [*train_words(world), "--run", world.top / "run", "--model", world.out], "out"),
-        (lambda world: [*predict_words(world), "--submit", world.top], "manifest.json"),
+        (lambda world: [*world.train(), "--run", world.top / "run", "--model", world.out], "out"),
+        (lambda world: [*world.predict(), "--submit", world.top], "manifest.json"),
         (lambda world: ["weights", "--model", world.model, "--out", world.out], "out"),
     ],
 )
-def test_a_folder_in_a_files_place_is_named_before_any_work(words: Words, place: str, world: World) -> None:
+def test_a_folder_in_a_files_place_is_named_before_any_work(words: Any, place: str, world: World) -> None:
     (world.top / "manifest.json").mkdir(exist_ok=True)
     assert f"{world.top / place}: a folder, where a file goes; " in error_of(*words(world))
 

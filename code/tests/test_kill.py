@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 import torch
 from commands import environment
 from PIL import Image
+from resize_worlds import hand_out
 from worlds import tiny_preset
 
 pytestmark = pytest.mark.slow
@@ -167,39 +167,26 @@ def test_predict(verbs: Verbs, data: Path, model: Path, tmp_path: Path, cache: b
     check_kills(verbs, tmp_path, 3, command)
 
 
-def hand_out(raw: Path) -> Path:
-    """Two splits of the organiser's files, pictures in a zip."""
-    raw.mkdir()
+def raw_of(folder: Path, how: str = "zip") -> Path:
+    """Two splits of the organiser's files, pictures in a zip, that of train perhaps in parts."""
     generator = np.random.default_rng(0)
     for split in ("train", "test"):
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
-            for number in range(40):
-                picture = io.BytesIO()
-                pixels = generator.integers(0, 256, (240, 200, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(picture, "JPEG" if number % 2 else "PNG")
-                archive.writestr(zipfile.ZipInfo(f"{split}{number}.jpg"), picture.getvalue())
-        (raw / f"item_{split}_images.zip").write_bytes(buffer.getvalue())
-        items = [{"item_id": f"{split}{n}", "item_image_name": f"{split}{n}.jpg"} for n in range(40)]
-        pairs = [{"src_item_id": f"{split}0", "tgt_item_id": f"{split}{n}", "item_label": "1"} for n in range(40)]
-        for kind, rows in (("info", items), ("pair", pairs)):
-            (raw / f"item_{split}_{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return raw
+        pictures = {}
+        for number in range(40):
+            buffer = io.BytesIO()
+            pixels = generator.integers(0, 256, (240, 200, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(buffer, "JPEG" if number % 2 else "PNG")
+            pictures[f"{split}{number}.jpg"] = buffer.getvalue()
+        hand_out(folder, split, pictures, how=how if split == "train" else "zip")
+    return folder
 
 
 def test_resize(verbs: Verbs, tmp_path: Path) -> None:
-    words = ["resize", "--raw", str(hand_out(tmp_path / "raw")), "--size", "64", "--workers", "1"]
+    words = ["resize", "--raw", str(raw_of(tmp_path / "raw")), "--size", "64", "--workers", "1"]
     check_kills(verbs, tmp_path, 80, lambda out: [*words, "--data", str(out / "data")])
 
 
 def test_download(verbs: Verbs, tmp_path: Path) -> None:
     """From a folder, the archive of one split in parts that are joined."""
-    raw = hand_out(tmp_path / "raw")
-    archive = raw / "item_train_images.zip"
-    whole = archive.read_bytes()
-    archive.unlink()
-    step = len(whole) // 5 + 1
-    for number, letter in enumerate("abcde"):
-        (raw / f"{archive.name}.parta{letter}").write_bytes(whole[number * step : (number + 1) * step])
-    words = ["download", "--from", str(raw)]
+    words = ["download", "--from", str(raw_of(tmp_path / "raw", "parts"))]
     check_kills(verbs, tmp_path, 12, lambda out: [*words, "--raw", str(out / "raw")])

@@ -1,5 +1,7 @@
 """model.py: the score, and where encoders' weights come from."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import BertConfig, BertModel
 from worlds import tiny_settings
 
@@ -84,18 +87,45 @@ def test_batch_normalisation_keeps_its_statistics_in_training() -> None:
     assert before and all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
-def test_checkpointed_activations_change_no_gradient(tmp_path: Path) -> None:
-    settings = tiny_settings(tmp_path).model
-    gradients = []
+def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """What autograd keeps of all that is computed within; each storage once, those of `model` not."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+def test_checkpointed_activations_change_no_gradient_and_each_encoder_keeps_less(tmp_path: Path) -> None:
+    """With dropout and stochastic depth: what is computed again must draw the same numbers."""
+    text = ("num_hidden_layers=2", "hidden_dropout_prob=0.1")
+    swin = "{img_size: 32, window_size: 4, embed_dim: 16, depths: [2, 2], num_heads: [2, 2], drop_path_rate: 0.2}"
+    image = ("architecture=swin_tiny_patch4_window7_224", f"arguments={swin}")
+    settings = tiny_settings(
+        tmp_path, *(f"model.text.config.{word}" for word in text), *(f"model.image.{word}" for word in image)
+    ).model
+    images, ids, mask = random_inputs()
+    gradients, kept = [], []
     for recompute in (False, True):
         torch.manual_seed(0)
         model = build(settings, text_config_of(settings.text, 30), pretrained=True).train()
         if recompute:
             checkpoint_activations(model)
-        model(*random_inputs()).square().sum().backward()
+        torch.manual_seed(1)
+        model(images, ids, mask).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
+        towers = (model.threshold, model.commodity)
+        calls = [partial(tower.text, input_ids=ids, attention_mask=mask) for tower in towers]
+        calls += [partial(tower.image, images) for tower in towers]
+        kept.append([kept_bytes(model, call) for call in calls])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-6)
+    assert all(recomputed < 0.4 * plain for plain, recomputed in zip(*kept, strict=True)), kept
 
 
 def test_a_packaged_text_encoder_gives_transformers_own_numbers() -> None:

@@ -2,20 +2,18 @@
 
 import os
 import resource
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import orjson
 import pytest
-from commands import environment, ok, run_verb
+from commands import environment
 from release_worlds import make_release
-from worlds import snapshot, tiny_preset, write_jsonl
+from verb_worlds import WRITERS, World
+from worlds import snapshot
 
-Words = Callable[[Path, Path, Path], list[object]]  # of a data folder, a model and the folder that fills up
 SIZE = 8 << 20  # bytes of the disk
 FULL = ("No space left on device; files", "the disk is full; make room", "File too large; files")
 
@@ -51,93 +49,25 @@ def run_without_room(is_disk: bool, folder: Path, room: int, *words: object) -> 
     return done
 
 
-def train_words(data: Path, model: Path, out: Path) -> list[object]:
-    return ["train", "--preset", tiny_preset(data.parent), "--data", data, "--run", out, "--model", out / "model"]
+ROOM = {"download": 2_048, "sample": 32_768, "resize": 16_384, "split": 0}
+SLOW_ROOM = {"train": 20_480, "predict": 4_096, "weights": 16_384, "plot": 4_096, "report": 16_384}
 
 
-def predict_words(data: Path, model: Path, out: Path) -> list[object]:
-    return ["predict", "--data", data, "--model", model, "--submit", out]
-
-
-def raw_of(data: Path) -> Path:
-    """The same items as the organiser would hand them out."""
-    raw = data.parent / "raw"
-    for split in ("train", "valid", "test"):
-        shutil.copytree(data / "images", raw / f"item_{split}_images")
-        for kind in ("info", "pair"):
-            shutil.copy(data / f"item_{split}_{kind}.jsonl", raw)
-    return raw
-
-
-def download_words(data: Path, model: Path, out: Path) -> list[object]:
-    return ["download", "--from", raw_of(data), "--raw", out]
-
-
-def sample_words(data: Path, model: Path, out: Path) -> list[object]:
-    return ["sample", "--products", 40, "--raw", out]
-
-
-def resize_words(data: Path, model: Path, out: Path) -> list[object]:
-    return ["resize", "--raw", raw_of(data), "--data", out]
-
-
-def split_words(data: Path, model: Path, out: Path) -> list[object]:
-    (out / "handed_out").mkdir()
-    for split in ("train", "valid"):  # two components
-        for kind in ("info", "pair"):
-            shutil.copy(data / f"item_{split}_{kind}.jsonl", out / "handed_out")
-    return ["split", "--data", out]
-
-
-def weights_words(data: Path, model: Path, out: Path) -> list[object]:
-    release = make_release(data.parent / "release")
-    size = f"model.image.size={release.size}"
-    words = ["weights", "--model", release.path, "--text-encoder", release.encoder, "--out", out / "model"]
-    return [*words, size, *release.overrides()]
-
-
-def judge_words(data: Path, model: Path) -> list[object]:
-    """--submit and --pairs of a result with answers."""
-    submit, answers = data.parent / "submit", data.parent / "answers.jsonl"
-    ok(run_verb(*predict_words(data, model, submit)))
-    rows = map(orjson.loads, (data / "item_test_pair.jsonl").read_bytes().splitlines())
-    write_jsonl(answers, [row | {"item_label": str(number % 2)} for number, row in enumerate(rows)])
-    return ["--submit", submit, "--pairs", answers]
-
-
-def plot_words(data: Path, model: Path, out: Path) -> list[object]:
-    return ["plot", *judge_words(data, model), "--out", out / "a.svg"]
-
-
-def report_words(data: Path, model: Path, out: Path) -> list[object]:
-    return ["report", *judge_words(data, model), "--data", data, "--out", out / "a.html"]
-
-
-@pytest.mark.parametrize(
-    ("words", "room"),
-    [
-        pytest.param(train_words, 20_480, marks=pytest.mark.slow),
-        pytest.param(predict_words, 4_096, marks=pytest.mark.slow),
-        (download_words, 2_048),
-        (sample_words, 32_768),
-        (resize_words, 16_384),
-        (split_words, 0),
-        pytest.param(weights_words, 16_384, marks=pytest.mark.slow),
-        pytest.param(plot_words, 4_096, marks=pytest.mark.slow),
-        pytest.param(report_words, 16_384, marks=pytest.mark.slow),
-    ],
-)
-def test_a_full_disk_is_one_line_and_files_stay(
-    data: Path, model: Path, tmp_path: Path, words: Words, room: int
-) -> None:
-    own, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+@pytest.mark.parametrize("verb", [*ROOM, *(pytest.param(verb, marks=pytest.mark.slow) for verb in SLOW_ROOM)])
+def test_a_full_disk_is_one_line_and_files_stay(data: Path, model: Path, tmp_path: Path, verb: str) -> None:
+    world = World(tmp_path, data, model)
+    out = world.out
     with disk(out) as is_disk:
         for name in ("result.jsonl", "last.txt", "model", "a.svg", "a.html", "images/other.jpg"):
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_text("from before")
-        command = words(own, model, out)
+        if verb == "split":
+            world.hand_out()
+        command = WRITERS[verb](world)
+        if verb == "weights":
+            command = [*make_release(world.top / "release").words(out / "model")]
         before = snapshot(out)
-        done = run_without_room(is_disk, out, room, *command)
+        done = run_without_room(is_disk, out, (ROOM | SLOW_ROOM)[verb], *command)
         after = snapshot(out)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("tongkuan: ")]
@@ -146,6 +76,6 @@ def test_a_full_disk_is_one_line_and_files_stay(
     assert {name: after.get(name) for name in before} == before
     # What did come before the disk was full came whole; only download keeps a part, and goes on from it.
     kept = [name for name in after if ".part" in name or ".join" in name]
-    assert kept == [] or command[0] == "download"
-    if command[0] in ("train", "predict", "weights", "plot", "report", "split"):
+    assert kept == [] or verb == "download"
+    if verb in ("train", "predict", "weights", "plot", "report", "split"):
         assert after == before

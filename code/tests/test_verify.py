@@ -65,31 +65,22 @@ def other_result(submit: Path, data: Path, model: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"0.125", b"0.126", 1))
 
 
-def cut_manifest(submit: Path, data: Path, model: Path) -> None:
-    path = submit / "manifest.json"
-    path.write_bytes(path.read_bytes()[:-10])
+Change = Callable[[Path, Path, Path], object]
 
 
-def strange_manifest(submit: Path, data: Path, model: Path) -> None:
-    path = submit / "manifest.json"
-    path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), "encode_batch": "7"}))
-
-
-def threshold_of(number: bytes) -> Callable[[Path, Path, Path], None]:
+def manifest(edit: Callable[[bytes], bytes]) -> Change:
     def change(submit: Path, data: Path, model: Path) -> None:
-        path = submit / "manifest.json"
-        path.write_bytes(path.read_bytes().replace(b'"threshold": 0.125', b'"threshold": ' + number))
+        (submit / "manifest.json").write_bytes(edit((submit / "manifest.json").read_bytes()))
 
     return change
 
 
-def true_for_a_number(submit: Path, data: Path, model: Path) -> None:
-    path = submit / "manifest.json"
-    path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), "encode_batch": True}))
+def threshold_of(number: bytes) -> Change:
+    return manifest(lambda content: content.replace(b'"threshold": 0.125', b'"threshold": ' + number))
 
 
-def no_manifest(submit: Path, data: Path, model: Path) -> None:
-    (submit / "manifest.json").unlink()
+def batch_of(number: object) -> Change:
+    return manifest(lambda content: orjson.dumps(orjson.loads(content) | {"encode_batch": number}))
 
 
 @pytest.mark.parametrize(
@@ -99,18 +90,16 @@ def no_manifest(submit: Path, data: Path, model: Path) -> None:
         (other_model, "another model file"),
         (other_items, "another items file"),
         (other_result, "not the file that"),
-        (cut_manifest, "not JSON"),
-        (strange_manifest, "'encode_batch' is not as predict writes it"),
+        (manifest(lambda content: content[:-10]), "not JSON"),
+        (batch_of("7"), "'encode_batch' is not as predict writes it"),
         (threshold_of(b"1e999"), "not JSON (number is infinity"),
         (threshold_of(b"NaN"), "not JSON"),
         (threshold_of(b"null"), "'threshold' is not as predict writes it"),
-        (true_for_a_number, "'encode_batch' is not as predict writes it"),
-        (no_manifest, "no such file"),
+        (batch_of(True), "'encode_batch' is not as predict writes it"),
+        (lambda submit, *_: (submit / "manifest.json").unlink(), "no such file"),
     ],
 )
-def test_what_differs_is_named(
-    world: tuple[Path, Path, Path], change: Callable[[Path, Path, Path], None], said: str
-) -> None:
+def test_what_differs_is_named(world: tuple[Path, Path, Path], change: Change, said: str) -> None:
     change(*world)
     with pytest.raises(UserError) as caught:
         verify(*world)
