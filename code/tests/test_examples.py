@@ -18,7 +18,7 @@ from worlds import TINY
 
 from tongkuan import settings as config
 from tongkuan.__main__ import SCRIPTS, VERBS, main, parser_of
-from tongkuan.model import towers as model
+from tongkuan.model import encoders as model
 
 TOP = Path(__file__).resolve().parents[2]
 README = (TOP / "README.md").read_text(encoding="utf-8")
