@@ -1,4 +1,4 @@
-"""Every example of a --help or the README is typed as it stands, after what it goes on from; documents are up to date."""
+"""Every example of a --help or the README works as it stands; documents say the same as the code and each other."""
 
 import functools
 import http.server
