@@ -19,7 +19,8 @@ class Records:
     """A split's lines as handed out: items by id, their raw rows, pairs with or without labels."""
 
     items: dict[str, Item]
-    rows: list[dict[str, Any]]
+    rows: list[tuple[str, dict[str, Any]]]
+    """(item id, row) of each line."""
     pairs: list[Pair]
 
 

@@ -4,7 +4,7 @@ A line of a user's file becomes an `Item` or a `Pair` here, checked once; an err
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from tongkuan.records.rows import read_rows
 
 # From here on two whole numbers can be one float.
 MAX_EXACT = 2**53
+SPLITS = ("train", "valid", "test")
+HANDED_OUT = "handed_out"  # the folder in a data folder that split takes its pairs from
 LABELS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
@@ -57,14 +59,19 @@ def pair_file(data_dir: Path, split: str) -> Path:
 
 def read_items(path: Path, advice: str = "run ./entrypoint.sh resize, or ./entrypoint.sh demo") -> dict[str, Item]:
     """Items of an info file by id, in file order. A repeated id must repeat the same item."""
-    items: dict[str, Item] = {}
+    return {item.item_id: item for item, _ in read_item_rows(path, advice)}
+
+
+def read_item_rows(path: Path, advice: str) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """As read_items, each line's item with its raw row; an item that is repeated comes again."""
+    seen: dict[str, Item] = {}
     for number, row in read_rows(path, advice):
         item = parse_item(row, f"{path}:{number}")
-        if items.setdefault(item.item_id, item) != item:
+        if seen.setdefault(item.item_id, item) != item:
             raise UserError(
                 f"{path}:{number}: item {clip(item.item_id)} stands here twice with different content; keep one line"
             )
-    return items
+        yield seen[item.item_id], row
 
 
 def parse_item(row: Mapping[str, Any], where: str) -> Item:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -78,3 +79,17 @@ def parse_embedding(text: object, where: str) -> NDArray[np.float64]:
     if not all(type(number) in (int, float) for number in numbers):
         raise UserError(f"{where} holds something that is not a number; predict again")
     return np.array(numbers, dtype=np.float64)
+
+
+def read_manifest(submit_dir: Path) -> dict[str, Any] | None:
+    """manifest.json of a result, None when there is none: other programs may write results too."""
+    path = submit_dir / "manifest.json"
+    try:
+        manifest = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); take the file that predict wrote, or predict again") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path}: not a JSON object; take the file that predict wrote, or predict again")
+    return manifest
