@@ -14,7 +14,7 @@ from worlds import tiny_preset
 from tongkuan.base import machine as processor
 from tongkuan.base.machine import available_cores
 from tongkuan.cli import exits as ending
-from tongkuan.ranks.group import ranks
+from tongkuan.ranks.group import join_ranks
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -106,11 +106,11 @@ def test_torch_takes_no_more_threads_than_the_quota(monkeypatch: pytest.MonkeyPa
         torch.set_num_threads(3)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.setattr("tongkuan.ranks.group.available_cores", lambda: 2)
-        with ranks():
+        with join_ranks():
             assert torch.get_num_threads() == 2
         torch.set_num_threads(3)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own word
-        with ranks():
+        with join_ranks():
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

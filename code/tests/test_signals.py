@@ -18,11 +18,13 @@ from test_train import state_bytes
 from worlds import tiny_preset, tiny_settings
 
 from tongkuan.base.errors import UserError
-from tongkuan.learn.train import Learner, train
-from tongkuan.model.modelfile import Run
-from tongkuan.ranks.group import Ranks, StopRequests, seconds_of
+from tongkuan.learn.run import Run
+from tongkuan.learn.step import TrainStep
+from tongkuan.learn.train import train
+from tongkuan.ranks.group import Ranks
 from tongkuan.ranks.launch import Fleet
-from tongkuan.ranks.place import LOST
+from tongkuan.ranks.place import LOST, seconds_of
+from tongkuan.ranks.stop import StopRequests
 
 LONG = ("train.steps=100000", "train.save_every=100000", "train.validate_every=100000")
 
@@ -96,9 +98,9 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_an_unbroken_one(
     """Step 3 is to be validated and 6 is the last: both are put off to the next call."""
     settings = tiny_settings(tmp_path, "train.save_every=4")
     train(settings, data, tmp_path / "whole", tmp_path / "whole.safetensors")
-    take = Learner.step
+    take = TrainStep.take
 
-    def ask(self: Learner, at: int, loaded: Iterator[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def ask(self: TrainStep, at: int, loaded: Iterator[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         if at == step - 1:
             os.kill(os.getpid(), number)
             time.sleep(0.3)
@@ -106,7 +108,7 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_an_unbroken_one(
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(Learner, "step", ask)
+        patch.setattr(TrainStep, "take", ask)
         train(settings, data, tmp_path / "run", tmp_path / "model")
     assert caught.value.code == 128 + number
     assert f"stopped after step {step}, which is saved; the same command goes on" in capfd.readouterr().err
@@ -175,11 +177,11 @@ def test_a_rank_that_is_far_ahead_stops_after_the_step_that_all_have_yet_to_take
 
 STUCK_IN_AN_OPERATOR = """
 import os, pathlib, torch
-from tongkuan.learn.train import Learner
+from tongkuan.learn.step import TrainStep
 def step(self, number, loaded):
     pathlib.Path(os.environ["BEGUN"] + os.environ.get("RANK", "")).touch()
     torch.linalg.matrix_power(torch.rand(3000, 3000), 1 << 40)
-Learner.step = step
+TrainStep.take = step
 """
 
 
@@ -238,9 +240,9 @@ import os
 if os.environ.get("RANK") == "1":
     import torch
     from tongkuan.base.files import UserError
-    from tongkuan.learn.train import Learner
+    from tongkuan.learn.step import TrainStep
     def step(*_): raise {error}
-    Learner.step = step
+    TrainStep.take = step
 """
     run = Training(data, tmp_path / "run", *LONG, "--nproc", 2, patch=patch)
     code, said = run.ended(60)

@@ -33,7 +33,7 @@ from download_worlds import (
 )  # fmt: skip
 
 from data_scripts import transfer
-from tongkuan.base.errors import FaultError, UserError
+from tongkuan.base.errors import FailureError, UserError
 
 ONCE = transfer.Patience(attempts=1, timeout=1)
 IMPATIENT = transfer.Patience(attempts=2, timeout=0.1, pause=0.001)
@@ -335,7 +335,7 @@ def test_another_version_of_a_part_replaces_the_joined_archive(server: Server, r
 
 @pytest.mark.usefixtures("half")
 def test_a_full_disk_is_one_line(server: Server, raw: Path, links: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(FaultError, match="disk is full; make room and run the same"):
+    with monkeypatch.context() as patch, pytest.raises(FailureError, match="disk is full; make room and run the same"):
         patch.setattr(transfer, "accept", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         fetch(raw, links)
     fetch(raw, links)
