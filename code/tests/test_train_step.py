@@ -60,7 +60,9 @@ def small_bench(data: Path, draw: str, recompute: bool = False) -> train_step.Be
     return train_step.Bench(settings, load_task(settings, data))
 
 
-@pytest.mark.parametrize(("draw", "recompute"), [("random", False), ("component", True)])
+@pytest.mark.parametrize(
+    ("draw", "recompute"), [pytest.param("random", False, marks=pytest.mark.slow), ("component", True)]
+)
 def test_ten_steps_lose_what_the_published_way_loses(data: Path, draw: str, recompute: bool) -> None:
     bench = small_bench(data, draw, recompute)
     published, ours = bench.losses(10)
