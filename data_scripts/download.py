@@ -1,13 +1,4 @@
-"""Fetch the organiser's files, or take them from a folder. Cut short, the same command goes on.
-
-The organiser's links are signed and expire, so they are yours to bring: a line of FILE is
-a file, `#` begins a comment, and without NAME the last part of the URL's path counts.
-
-  NAME URL [size=BYTES] [sha256=HEX]
-
-Names: item_{train,valid,test}_info.jsonl, item_{...}_pair.jsonl, item_{...}_images.zip or
-its parts .zip.partaa, .zip.partab and so on, which are joined into the .zip.
-"""
+"""Fetch the organiser's files, or take them from a folder. `./entrypoint.sh download --help` has the list's form."""
 
 import difflib
 import fcntl
@@ -27,7 +18,6 @@ from tqdm import tqdm
 from data_scripts.transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
 from tongkuan.base.errors import NO_ROOM, FaultError, UserError, entrypoint, unwritable
 from tongkuan.base.files import READ_BLOCK, check_apart, check_writable, sha256_of, sync_folder
-from tongkuan.cli.command import RAW, Parser
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
 NAME = re.compile(r"item_(train|valid|test)_(info\.jsonl|pair\.jsonl|images\.zip(\.part[a-z]{2})?)")
@@ -301,26 +291,11 @@ def download(raw_dir: Path, wanted: Sequence[Wanted], patience: Patience) -> str
     return f"{raw_dir}: {'; '.join(done)}\nnext: {entrypoint('resize', '--raw', raw_dir)}"
 
 
-def parser() -> Parser:
-    """The verb's options."""
-    about, _, how = (__doc__ or "").partition("\n\n")
-    options = Parser("download", about, "./entrypoint.sh download --from runs/demo/raw --raw runs/mine/raw", how)
-    options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"to fill (default {RAW})")
-    origin = options.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--urls", type=Path, metavar="FILE", help="a list of links, see below")
-    origin.add_argument("--from", type=Path, metavar="DIR", dest="folder", help="a folder to copy from")
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb. Raises UserError for what the user can mend."""
-    arguments = parser().parse_args(argv)
-    if arguments.folder and arguments.folder.resolve() == arguments.raw.resolve():
-        advice = entrypoint("resize", "--raw", arguments.raw)
-        raise UserError(f"{arguments.raw}: both --from and --raw; run {advice}")
-    if arguments.folder:
-        check_apart(arguments.raw, arguments.folder)
-    have = Record(arguments.raw).whole()
-    wanted = find_files(arguments.folder, have) if arguments.folder else read_list(arguments.urls, have)
-    print(download(arguments.raw, wanted, Patience()))
-    return 0
+def download_from(raw_dir: Path, urls: Path, folder: Path | None) -> str:
+    """The verb: download what `urls` lists, or copy from `folder`. Raises UserError for what the user can mend."""
+    if folder:
+        if folder.resolve() == raw_dir.resolve():
+            raise UserError(f"{raw_dir}: both --from and --raw; run {entrypoint('resize', '--raw', raw_dir)}")
+        check_apart(raw_dir, folder)
+    have = Record(raw_dir).whole()
+    return download(raw_dir, find_files(folder, have) if folder else read_list(urls, have), Patience())

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
 from tongkuan.base.machine import processor_of
+from tongkuan.cli.verbs import main
 from tongkuan.encode.cache import Cache
 from tongkuan.model.towers import TwoTowers
 from tongkuan.records.items import item_file

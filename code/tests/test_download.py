@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from data_scripts import download, transfer
 from data_scripts.archives import sources
 from tongkuan.base.errors import FaultError, UserError
+from tongkuan.cli.verbs import main
 
 QUICK = transfer.Patience(attempts=2, timeout=10, pause=0.001, longest=0.02)
 IMPATIENT = {
@@ -606,7 +607,7 @@ def test_bad_usage_is_one_line(raw: Path, tmp_path: Path) -> None:
         (("--from", str(raw)), "both --from and --raw"),
     ):
         with pytest.raises(UserError, match=message):
-            download.main(["--raw", str(raw), *words])
+            main(["download", "--raw", str(raw), *words])
     assert not raw.exists()
 
 

@@ -14,13 +14,13 @@ import torch
 from commands import environment, ok
 from worlds import tiny_preset
 
-from tongkuan.__main__ import main, num_ranks
 from tongkuan.base import machine as processor
 from tongkuan.base.errors import UserError
 from tongkuan.base.machine import available_cores
 from tongkuan.cli import exits as ending
+from tongkuan.cli.verbs import main
 from tongkuan.ranks.group import ranks
-from tongkuan.ranks.place import LAUNCHER, TELL, VARIABLES, Place, find_place
+from tongkuan.ranks.place import LAUNCHER, TELL, VARIABLES, Place, find_place, num_ranks
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -363,7 +363,7 @@ def test_a_rank_that_waits_for_others_answers_a_request_to_stop(
         tmp_path / "m",
     ]
     (tmp_path / "own").mkdir()
-    script = f"{JOINING}\nfrom tongkuan.__main__ import run\nsys.exit(run())"
+    script = f"{JOINING}\nfrom tongkuan.cli.exits import run\nsys.exit(run())"
     group = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", script, *map(str, words)]
     waiting = subprocess.Popen(

@@ -17,7 +17,7 @@ from test_release import make_release
 from worlds import TINY
 
 from tongkuan import settings as config
-from tongkuan.__main__ import SCRIPTS, VERBS, main, parser_of
+from tongkuan.cli.verbs import VERBS, main, parser_of
 from tongkuan.model import towers as model
 
 TOP = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", [*SCRIPTS, *VERBS])
+@pytest.mark.parametrize("verb", VERBS)
 def test_the_example_of_a_help_works_as_it_stands_and_ends_in_what_to_type_next(
     verb: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,7 +65,7 @@ def test_the_example_of_a_help_works_as_it_stands_and_ends_in_what_to_type_next(
     assert re.match(r"(# )?next: ", last), last
 
 
-@pytest.mark.parametrize("verb", [*SCRIPTS, *VERBS])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_help_fits_a_screen_and_ends_in_its_example(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +149,7 @@ def test_every_command_of_the_readme_works_as_it_stands(
 
 
 def test_the_readme_has_every_option_of_every_verb() -> None:
-    table = "\n".join(map(options_row, [*SCRIPTS, *VERBS]))
+    table = "\n".join(map(options_row, VERBS))
     assert table in README, f"the README's table of options is to be\n{table}"
 
 

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, BertConfig, BertModel, SwinConfig, SwinM
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 from worlds import TINY, make_data
 
-from tongkuan.__main__ import main
 from tongkuan.base.files import sha256_of
+from tongkuan.cli.verbs import main
 from tongkuan.model.modelfile import load_model, save_model
 from tongkuan.model.towers import TOP, pair_scores
 from tongkuan.records.attributes import TEN_KEYS, item_text, normalise

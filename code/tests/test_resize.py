@@ -17,6 +17,7 @@ from PIL import Image, ImageFile
 from data_scripts import resize
 from data_scripts.archives import sources
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 
 SIZE = 32
 
@@ -80,7 +81,7 @@ def hand_out(
 
 
 def run(raw: Path, data: Path, *more: str) -> int:
-    return int(resize.main(["--raw", str(raw), "--data", str(data), "--size", str(SIZE), *more]))
+    return main(["resize", "--raw", str(raw), "--data", str(data), "--size", str(SIZE), *more])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

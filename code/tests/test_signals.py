@@ -19,9 +19,9 @@ from commands import environment, ok, run_verb
 from test_train import state_bytes
 from worlds import tiny_preset, tiny_settings
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
 from tongkuan.cli.exits import describe
+from tongkuan.cli.verbs import main
 from tongkuan.learn.train import Learner, train
 from tongkuan.model.modelfile import Run
 from tongkuan.model.towers import TwoTowers

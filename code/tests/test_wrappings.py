@@ -18,8 +18,8 @@ from test_main import error_of
 from test_release import Release, make_release
 from torch import nn
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 from tongkuan.model.modelfile import load_model
 from tongkuan.model.wrappings import STEPS, unwrap
 
