@@ -59,7 +59,7 @@ class Option:
         return replace(self, help=help or self.help, **changes)
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
-        """As an argument of a parser, its help ending in the default."""
+        """Add it to a parser; its help ends in the default."""
         shown = f"{self.default:g}" if isinstance(self.default, float) else self.default
         given = {"metavar": self.metavar, "default": self.default, "type": self.type, **self.more}
         parser.add_argument(
