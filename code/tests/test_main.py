@@ -1,24 +1,16 @@
 """The verbs as a user meets them: bad input is one clear line and exit code 2."""
 
-import importlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
-from commands import environment, ok, run_verb
+from commands import ok, run_verb
 from worlds import make_data, tiny_preset, write_jsonl
 
 from tongkuan.base.errors import UserError
-from tongkuan.cli.options import PRECISION, STYLE
-from tongkuan.cli.verbs import VERBS, Verb, main
-from tongkuan.records.attributes import AttributeStyle
-from tongkuan.settings import Precision
+from tongkuan.cli.verbs import VERBS, main
 
 
 def error_of(*words: object) -> str:
@@ -48,47 +40,6 @@ def append(path: Path, text: str) -> None:
 def test_without_a_verb_it_says_what_there_is() -> None:
     out = ok(run_verb())
     assert all(f"  {verb}" in out for verb in [*VERBS, "test"])
-
-
-HELPS = """
-import contextlib, sys
-from tongkuan.cli.verbs import VERBS, main
-for words in ((verb, option) for verb in VERBS for option in ("--help", "--nonsense")):
-    with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit, Exception):
-        main(words)
-print(*{name.partition(".")[0] for name in sys.modules})
-"""
-
-
-def test_a_help_and_a_wrong_option_are_answered_without_any_library() -> None:
-    """Libraries take seconds to import, and the help is there before they are installed."""
-    command = [sys.executable, "-S", "-c", HELPS]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
-    assert set(done.stdout.split()) <= {*sys.stdlib_module_names, "__main__", "tongkuan"}, done.stdout
-
-
-def functions_of(verb: Verb) -> list[Any]:
-    """What a verb may call, for its arguments and with them."""
-    found = []
-    for target in (verb.function, *verb.instead.values(), *verb.derived.values()):
-        module, _, name = target.partition(":") if isinstance(target, str) else ("", "", "")
-        found.append(getattr(importlib.import_module(module), name) if module else target)
-    return found
-
-
-@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
-def test_each_option_fills_a_parameter_and_each_parameter_without_a_default_is_filled(verb: Verb) -> None:
-    options = {option.parameter for option in (*verb.options, *verb.one_of)}
-    parameters = [parameter for found in functions_of(verb) for parameter in signature(found).parameters.values()]
-    used_here = {*verb.instead, *({"nproc"} if verb.has_ranks else ())}
-    assert options <= {parameter.name for parameter in parameters} | used_here
-    required = {parameter.name for parameter in parameters if parameter.default is Parameter.empty}
-    assert required <= options | verb.derived.keys()
-    assert set(verb.outputs) <= options
-
-
-def test_options_offer_what_settings_know() -> None:
-    assert PRECISION.more["choices"] == get_args(Precision) and STYLE.more["choices"] == get_args(AttributeStyle)
 
 
 def test_a_users_error_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:
