@@ -12,10 +12,9 @@ from pathlib import Path
 from rich.cells import cell_len
 from tqdm import tqdm
 
-from data_scripts.linking.ledger import SPLITS
 from tongkuan.base.errors import UserError, clip, missing
 from tongkuan.records.attributes import DEFAULT_KEYS, TEN_KEYS, AttributeStyle, attributes_of, coverage_lines, normalise
-from tongkuan.records.items import Item, Pair, item_file, pair_file, read_items, read_pairs
+from tongkuan.records.items import SPLITS, Item, Pair, item_file, pair_file, read_items, read_pairs
 from tongkuan.records.rows import is_given
 
 ADVICE = "run ./entrypoint.sh resize first, or ./entrypoint.sh demo"

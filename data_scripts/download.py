@@ -16,7 +16,7 @@ import orjson
 from tqdm import tqdm
 
 from data_scripts.transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
-from tongkuan.base.errors import NO_ROOM, FaultError, UserError, entrypoint, unwritable
+from tongkuan.base.errors import NO_ROOM, FailureError, UserError, entrypoint, unwritable
 from tongkuan.base.files import READ_BLOCK, check_apart, check_writable, sha256_of, sync_folder
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
@@ -248,7 +248,7 @@ def join(archive: str, record: Record) -> str:
 def alone(raw_dir: Path) -> Iterator[None]:
     """Work in the folder, with a second download kept out: two would write into the same partial files.
 
-    Raises UserError for that and for a folder that takes no files, FaultError for a full disk.
+    Raises UserError for that and for a folder that takes no files, FailureError for a full disk.
     """
     descriptor = os.open(raw_dir, os.O_RDONLY)
     try:
@@ -261,7 +261,7 @@ def alone(raw_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise FaultError(f"{raw_dir}: the disk is full; make room and {AGAIN}") from error
+            raise FailureError(f"{raw_dir}: the disk is full; make room and {AGAIN}") from error
         raise unwritable(raw_dir, error) from error
     finally:
         os.close(descriptor)

@@ -19,19 +19,27 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from data_scripts.archives.sources import Source, find_source
-from data_scripts.linking.ledger import SPLITS, STATUSES, Digests, Picture, assign_names, list_pictures, write_ledger
-from data_scripts.linking.links import Links, Records, link_pictures, told_losses, told_names
+from data_scripts.linking.ledger import STATUSES, Digests, Picture, assign_names, list_pictures, write_ledger
+from data_scripts.linking.links import Links, Records, link_pictures, loss_lines, names_found
 from data_scripts.linking.matching import Matches
 from tongkuan.base.errors import UserError, entrypoint, missing
 from tongkuan.base.files import check_apart, check_writable, publish
 from tongkuan.base.machine import keep_freed_memory
 from tongkuan.records.attributes import DEFAULT_KEYS, TEN_KEYS, coverage_lines
-from tongkuan.records.items import info_row, item_file, pair_file, pair_row, parse_item, read_items, read_pairs
+from tongkuan.records.items import (
+    HANDED_OUT,
+    SPLITS,
+    info_row,
+    item_file,
+    pair_file,
+    pair_row,
+    read_item_rows,
+    read_pairs,
+)
 from tongkuan.records.pictures import UnreadableError, silence_pillow, squash
-from tongkuan.records.rows import is_given, read_rows
+from tongkuan.records.rows import is_given
 from tongkuan.records.streams import absent
 
-HANDED_OUT = "handed_out"  # the folder in DATA that split draws from
 ANSWERS = "item_test_answers.jsonl"
 LEDGER = "ledger.jsonl"
 UNDER_WAY = ".resize"  # in DATA until the ledger is there: what a killed run left is ours to write over
@@ -141,7 +149,8 @@ def read_split(raw_dir: Path, split: str) -> tuple[Records, Source | None] | Non
     None when nothing is there, UserError when only half of it is.
     """
     info, pair = item_file(raw_dir, split), pair_file(raw_dir, split)
-    items = read_items(info, ADVICE) if is_given(info) else {}
+    lines = list(read_item_rows(info, ADVICE)) if is_given(info) else []
+    items = {item.item_id: item for item, _ in lines}
     names = list(dict.fromkeys(item.image_name for item in items.values() if item.image_name))
     source = find_source(raw_dir, split, names)
     if not is_given(info) and not is_given(pair) and source is None:
@@ -156,7 +165,7 @@ def read_split(raw_dir: Path, split: str) -> tuple[Records, Source | None] | Non
             f"no pictures of {split}, though its items name some; put {pictures}.zip, {pictures}.zip.partaa… or the "
             f"folder {pictures} there, or {ADVICE}",
         )
-    rows = [row for _, row in read_rows(info, ADVICE)]
+    rows = [(item.item_id, row) for item, row in lines]
     return Records(items, rows, read_pairs(pair, items, "optional", info, ADVICE)), source
 
 
@@ -166,14 +175,10 @@ def write_records(data_dir: Path, records: dict[str, Records], images: dict[str,
         folders = [data_dir] if split == "test" else [data_dir / HANDED_OUT, data_dir]
         for folder in folders:
             with publish(item_file(folder, split)) as file:
-                for row, item_id in zip(record.rows, map(row_id, record.rows), strict=True):
+                for item_id, row in record.rows:
                     file.write(info_row(row, images[split][item_id]))
             with publish(pair_file(folder, split)) as file:
                 file.writelines(map(pair_row, record.pairs))
-
-
-def row_id(row: dict[str, Any]) -> str:
-    return parse_item(row, "").item_id
 
 
 def clear_earlier(data_dir: Path, splits: Iterable[str], has_answers: bool) -> None:
@@ -242,7 +247,7 @@ def check_readable(
     if links.num_named and not links.has_pictures():
         cause = links.commonest()[0]
         told = f"none of the {links.num_named:,} items that name a picture gets one: {cause.count:,} {cause}"
-        raise UserError(f"{raw_dir}: {told}{told_names(matches.everywhere.pictures) if cause.is_missing else ''}")
+        raise UserError(f"{raw_dir}: {told}{names_found(matches.everywhere.pictures) if cause.is_missing else ''}")
     for picture in matches.everywhere.pictures:
         picture.image = picture.cause = ""
 
@@ -292,7 +297,7 @@ def summary(data_dir: Path, pictures: list[Picture], links: Links, coverage: Seq
         [
             f"pictures: {statuses} (each with its reason in {data_dir / LEDGER}); {unnamed:,} that no item names",
             f"items: {items}; {links.num_bare():,} without a picture",
-            *told_losses(links),
+            *loss_lines(links),
             *coverage,
             f"next: {entrypoint(verb, '--data', data_dir)}",
         ]

@@ -13,10 +13,10 @@ from typing import Any
 
 import orjson
 
-from data_scripts.resize import HANDED_OUT
 from tongkuan.base.errors import UserError, entrypoint, missing
 from tongkuan.base.files import check_writable, publish
 from tongkuan.records.items import (
+    HANDED_OUT,
     Item,
     Pair,
     components,
@@ -24,12 +24,12 @@ from tongkuan.records.items import (
     item_file,
     pair_file,
     pair_row,
-    parse_item,
+    read_item_rows,
     read_items,
     read_pairs,
 )
 from tongkuan.records.labels import contradictory, only_label, pair_key
-from tongkuan.records.rows import is_given, read_rows
+from tongkuan.records.rows import is_given
 
 SIDES = ("train", "valid")
 ADVICE = "run ./entrypoint.sh resize first, or ./entrypoint.sh demo"
@@ -71,10 +71,11 @@ def read_handed_out(folder: Path) -> HandedOut:
         info = item_file(folder, side)
         if not is_given(info):
             continue
-        items = read_items(info, ADVICE)
+        items: dict[str, Item] = {}
         rows: dict[str, dict[str, Any]] = {}
-        for number, row in read_rows(info, ADVICE):
-            rows.setdefault(parse_item(row, f"{info}:{number}").item_id, row)
+        for item, row in read_item_rows(info, ADVICE):
+            items[item.item_id] = item
+            rows.setdefault(item.item_id, row)
         handed.pairs += read_pairs(pair_file(folder, side), items, "optional", info, ADVICE)
         handed.num_differing += sum(handed.items.get(item_id, item) != item for item_id, item in items.items())
         handed.items = items | handed.items

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from tongkuan.base.errors import UserError
 from tongkuan.result.predict import predict
-from tongkuan.result.verify import explain, verify
-from tongkuan.settings import DataSettings
+from tongkuan.result.verify import differences, verify
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def world(data: Path, model: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
     own, copied, submit = tmp_path / "data", tmp_path / "model.safetensors", tmp_path / "submit"
     shutil.copytree(data, own)
     shutil.copy(model, copied)
-    predict(own, "test", copied, submit, DataSettings(encode_batch=7), "bf16", 0.125)
+    predict(own, "test", copied, submit, 7, "bf16", 0.125)
     return submit, own, copied
 
 
@@ -133,5 +132,5 @@ def test_a_result_is_verified_where_nothing_can_be_written(
 
 def test_a_version_that_changed_is_named() -> None:
     before = {"sha256": {}, "versions": {"torch": "1"}, "precision": "fp32"}
-    assert explain(before, {**before, "versions": {"torch": "2"}}) == "torch was '1', is '2'"
-    assert "all that the manifest names is the same" in explain(before, before)
+    assert differences(before, {**before, "versions": {"torch": "2"}}) == "torch was '1', is '2'"
+    assert "all that the manifest names is the same" in differences(before, before)

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from data_scripts.archives.sources import Source
 from data_scripts.linking.names import fold, path_steps, safe_name
 from tongkuan.base.files import publish
+from tongkuan.records.items import SPLITS
 from tongkuan.records.pictures import UnreadableError
 
 STATUSES = ("ok", "repaired", "unreadable", "missing", "duplicate", "ambiguous")
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(eq=False, slots=True)

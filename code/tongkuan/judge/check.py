@@ -14,13 +14,25 @@ import numpy as np
 from tongkuan.base.errors import UserError, clip, entrypoint, missing
 from tongkuan.base.metrics import Labels, Scores, quality_at
 from tongkuan.judge.guard import run_similarity
-from tongkuan.records.items import Pair, Prediction, read_pairs, read_predictions
+from tongkuan.records.items import Pair, read_pairs
 from tongkuan.records.labels import contradiction_note
+from tongkuan.records.result import read_predictions
 
 CONTRADICTION_ADVICE = "each is scored by its own label: delete such lines and predict again"
 
 
-def read_result(submit_dir: Path, pairs: Sequence[Pair], pairs_path: Path) -> list[Prediction]:
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a checked result, less its embeddings [p ; q]: their inner products p.p and q.q instead."""
+
+    left: str
+    right: str
+    threshold: float
+    adaptive: float
+    commodity: float
+
+
+def read_result(submit_dir: Path, pairs: Sequence[Pair], pairs_path: Path) -> list[Row]:
     """The result's rows, checked: every pair once and no other, one embedding an item, one size.
 
     Embeddings are dropped as soon as they are compared, so that memory grows with items, not with pairs.
@@ -47,8 +59,8 @@ def read_result(submit_dir: Path, pairs: Sequence[Pair], pairs_path: Path) -> li
                 )
             if embeddings.setdefault(item_id, embedding.tobytes()) != embedding.tobytes():
                 raise UserError(f"{where}: item {clip(item_id)} has another embedding than before; predict again")
-        empty = np.empty(0)
-        rows.append(Prediction(row.left, empty, row.right, empty, row.threshold))
+        half, products = size // 2, row.left_embedding * row.right_embedding
+        rows.append(Row(*key, row.threshold, float(products[:half].sum()), float(products[half:].sum())))
     if absent := [key for key, count in wanted.items() if count]:
         raise UserError(f"{path}: {len(absent)} pairs are missing, first {clip(min(absent))}; predict again")
     return rows
@@ -66,6 +78,7 @@ def check(submit_dir: Path, pairs_path: Path) -> None:
 class Judged:
     """A checked result with known answers, (N,) each in the result's order, and lines on how it came about."""
 
+    rows: list[Row]
     scores: Scores
     labels: Labels
     thresholds: Scores
@@ -90,6 +103,7 @@ def judged(submit_dir: Path, pairs_path: Path) -> Judged:
     scores, notes = run_similarity(submit_dir, len(rows), pairs_path)
     thresholds = np.array([row.threshold for row in rows], dtype=np.float64)
     return Judged(
+        rows,
         scores,
         labels_of(rows, pairs),
         thresholds,
@@ -97,7 +111,7 @@ def judged(submit_dir: Path, pairs_path: Path) -> Judged:
     )
 
 
-def labels_of(rows: Sequence[Prediction], pairs: Sequence[Pair]) -> Labels:
+def labels_of(rows: Sequence[Row], pairs: Sequence[Pair]) -> Labels:
     """int64 (N,): a pair's first row has the label of where the pair is listed first, its second of the second."""
     listed = defaultdict[tuple[str, str], list[int | None]](list)
     for pair in reversed(pairs):

@@ -9,11 +9,12 @@ from typing import Any
 from tongkuan.base.errors import UserError
 from tongkuan.base.files import check_writable, publish
 from tongkuan.base.metrics import quality_at
+from tongkuan.records.result import read_manifest
 from tongkuan.records.rows import read_rows
 from tongkuan.report import charts, content, figures
 from tongkuan.report.faults import contradictions, read_sides, twins
 from tongkuan.report.page import flat, render
-from tongkuan.report.result import aligned_margins, find_items, read_manifest, read_scored
+from tongkuan.report.result import aligned_margins, find_items, read_scored
 from tongkuan.report.views import Pictures
 
 
@@ -30,7 +31,7 @@ def report(
         raise UserError(f"{out}: no name for a page; let --out end in .html")
     check_writable(out.parent)
     curves = read_curves(run_dir) if run_dir else []
-    manifest = read_manifest(submit_dir)
+    manifest = read_manifest(submit_dir) or {}
     result = read_scored(submit_dir, pairs_path)
     items = find_items(data_dir, result.pairs, manifest)
     blank = manifest.get("blank_pictures")

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from tongkuan.base.errors import UserError, missing, nearest
 from tongkuan.base.metrics import Labels, Scores
 from tongkuan.judge.check import judged
-from tongkuan.records.items import Item, Pair, item_file, read_items, read_predictions
+from tongkuan.records.items import Item, Pair, item_file, read_items
 from tongkuan.records.rows import is_given
 
 # How far q.q - p.p may be from the score, in shares of the largest, and still count as the two towers' score.
@@ -52,12 +51,8 @@ def read_scored(submit_dir: Path, pairs_path: Path) -> Result:
     """Check and score a result. UserError when it breaks the contract or a pair has no label."""
     found = judged(submit_dir, pairs_path)
     scores, labels, thresholds = found.scores, found.labels, found.thresholds
-    pairs, products = [], np.empty((2, len(scores)))
-    for number, (_, row) in enumerate(read_predictions(submit_dir / "result.jsonl")):
-        pairs.append(Pair(row.left, row.right, int(labels[number])))
-        half = len(row.left_embedding) // 2
-        each = row.left_embedding * row.right_embedding
-        products[:, number] = each[half:].sum(), each[:half].sum()
+    pairs = [Pair(row.left, row.right, int(label)) for row, label in zip(found.rows, labels, strict=True)]
+    products = np.array([(row.commodity, row.adaptive) for row in found.rows]).T
     commodity, adaptive = products
     has_towers = np.abs(commodity - adaptive - scores).max() <= TOLERANCE * np.abs(products).max(initial=1.0)
     surest = sorted(
@@ -85,20 +80,6 @@ def aligned_margins(result: Result, other: Result) -> Scores:
     margins: Scores = np.empty(len(result.pairs))
     margins[by_ids(result.pairs)] = other.margins[by_ids(other.pairs)]
     return margins
-
-
-def read_manifest(submit_dir: Path) -> dict[str, Any]:
-    """manifest.json of a result, empty when there is none: other programs may write results too."""
-    path = submit_dir / "manifest.json"
-    if not path.is_file():
-        return {}
-    try:
-        manifest = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); predict again or delete it") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path}: expected a JSON object; predict again or delete it")
-    return manifest
 
 
 def find_items(data_dir: Path, pairs: Sequence[Pair], manifest: Mapping[str, Any]) -> dict[str, Item]:

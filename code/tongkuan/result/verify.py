@@ -8,15 +8,15 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
-import orjson
 from tqdm import tqdm
 
 from tongkuan.base.errors import UserError, clip, entrypoint, missing
 from tongkuan.base.files import sha256_of
 from tongkuan.records.items import item_file, pair_file
+from tongkuan.records.result import read_manifest
 from tongkuan.records.rows import given
 from tongkuan.result.predict import compute
-from tongkuan.settings import DataSettings, Precision
+from tongkuan.settings import Precision
 
 # In the order in which one explains the next; what is not named here does not decide the result.
 INPUTS = ("model", "items", "pairs", "images_sha256", "encode_batch", "precision", "threshold", "device", "processor")
@@ -28,7 +28,7 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
     Rows are hashed as they are formatted: nothing is written anywhere.
     """
     path = submit_dir / "manifest.json"
-    manifest = read_manifest(path)
+    manifest = check_manifest(path, read_manifest(submit_dir))
     result = submit_dir / "result.jsonl"
     if not result.is_file():
         raise missing(result, "no such file; run ./entrypoint.sh predict")
@@ -42,9 +42,9 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
     for name, file in files.items():  # before hours of work; pictures are hashed on the way
         if file.is_file() and sha256_of(file) != manifest["sha256"][name]:
             raise UserError(f"{file}: another {name} file than the one of {path}; name or restore that one")
-    settings = DataSettings(encode_batch=manifest["encode_batch"])
+    recipe = (manifest[name] for name in ("encode_batch", "precision", "threshold"))
     with redirect_stdout(None):  # advice on how to predict is not of this one
-        found = compute(data_dir, manifest["split"], model_path, settings, manifest["precision"], manifest["threshold"])
+        found = compute(data_dir, manifest["split"], model_path, *recipe)
     if found is None:
         return
     digest = hashlib.sha256()
@@ -56,27 +56,22 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
         print(f"{result}: rebuilt to the byte, sha256 {manifest['sha256']['result']}")
         print(f"next: {entrypoint('check', '--submit', submit_dir, '--pairs', files['pairs'])}")
         return
-    raise UserError(f"{result}: rebuilt otherwise; {explain(manifest, rebuilt)}")
+    raise UserError(f"{result}: rebuilt otherwise; {differences(manifest, rebuilt)}")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest with all that `verify` goes by. UserError when it is missing, damaged or another program's."""
-    try:
-        manifest = orjson.loads(path.read_bytes())
-    except OSError as error:
-        raise missing(path, "no such file; run ./entrypoint.sh predict") from error
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); take the file that predict wrote") from error
+def check_manifest(path: Path, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """A manifest with all that `verify` goes by. UserError when it is missing or another program's."""
+    if manifest is None:
+        raise missing(path, "no such file; run ./entrypoint.sh predict")
     kinds = {"sha256": dict, "versions": dict, "split": str, "encode_batch": int, "threshold": float, "precision": str}
-    found = manifest if isinstance(manifest, dict) else {}
-    wrong = [name for name, kind in kinds.items() if type(found.get(name)) is not kind]
-    wrong += [name for name in ("model", "items", "pairs", "result") if not wrong and name not in found["sha256"]]
-    if wrong or found["precision"] not in get_args(Precision) or found["encode_batch"] < 1:
+    wrong = [name for name, kind in kinds.items() if type(manifest.get(name)) is not kind]
+    wrong += [name for name in ("model", "items", "pairs", "result") if not wrong and name not in manifest["sha256"]]
+    if wrong or manifest["precision"] not in get_args(Precision) or manifest["encode_batch"] < 1:
         raise UserError(f"{path}: {clip(', '.join(wrong) or 'precision')} is not as predict writes it; predict again")
-    return found
+    return manifest
 
 
-def explain(manifest: dict[str, Any], rebuilt: dict[str, Any]) -> str:
+def differences(manifest: dict[str, Any], rebuilt: dict[str, Any]) -> str:
     """Which of the things that decide a result are not the same, old and new."""
     before, after = ({**each, **each["sha256"], **each["versions"]} for each in (manifest, rebuilt))
     names = [*INPUTS, *sorted(manifest["versions"].keys() | rebuilt["versions"].keys())]
