@@ -13,8 +13,8 @@ import difflib
 import itertools
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import orjson
 from tqdm import tqdm
 
 from data_scripts.transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
-from tongkuan.base.errors import NO_ROOM, FaultError, UserError, entrypoint, unwritable
+from tongkuan.base.errors import UserError, entrypoint
 from tongkuan.base.files import READ_BLOCK, alone, check_apart, publish, rename, sha256_of
 from tongkuan.cli.command import RAW, Parser
 
@@ -242,21 +242,9 @@ def join(archive: str, record: Record) -> str:
     return f"{archive} is joined"
 
 
-@contextmanager
-def filling(raw_dir: Path) -> Iterator[None]:
-    """Work in the folder, alone. Raises UserError for a folder that takes no files, FaultError for a full disk."""
-    try:
-        with alone(raw_dir):
-            yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise FaultError(f"{raw_dir}: the disk is full; make room and {AGAIN}") from error
-        raise unwritable(raw_dir, error) from error
-
-
 def download(raw_dir: Path, wanted: Sequence[Wanted], patience: Patience) -> str:
     """Bring every wanted file that is not there yet, join archives; returns what was done and what is next."""
-    with filling(raw_dir):
+    with alone(raw_dir):
         record = Record(raw_dir)
         for entry in wanted:
             if not record.has(entry):  # then an archive joined from another version of it does not count either

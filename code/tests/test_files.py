@@ -18,7 +18,7 @@ from commands import environment
 
 from data_scripts.transfer import Partial
 from tongkuan.base.errors import FaultError, UserError, unwritable
-from tongkuan.base.files import alone, check_target, check_writable, part_of, publish, sha256_of
+from tongkuan.base.files import check_target, check_writable, part_of, publish, sha256_of
 
 NOBODY = 65534
 # A writer with a child that inherits what may be inherited; it says so in the midst of a file.
@@ -169,13 +169,6 @@ def test_a_link_is_no_part_of_a_download(tmp_path: Path, name: str) -> None:
     partial.begin("validator", 3)
     partial.path.write_bytes(b"our")
     assert (tmp_path / "theirs").read_text() == "theirs"
-
-
-def test_a_second_process_is_kept_out_of_a_folder(tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(UserError, match="another process fills this folder"), alone(tmp_path):
-        raise AssertionError("must not come this far")
-    with alone(tmp_path):
-        assert names(tmp_path) == []
 
 
 def test_a_folder_in_the_files_place_leaves_nothing_behind(tmp_path: Path) -> None:

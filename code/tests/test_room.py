@@ -17,7 +17,7 @@ from worlds import tiny_preset, write_jsonl
 
 Words = Callable[[Path, Path, Path], list[object]]  # of a data folder, a model and the folder that fills up
 SIZE = 8 << 20  # bytes of the disk
-FULL = ("No space left on device; files", "the disk is full; make room", "File too large; files")
+FULL = ("No space left on device; files", "File too large; files")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def temporary_file(path: Path) -> Iterator[IO[Any]]:
     Raises UserError when the folder takes no files; errors of a full disk name `path`.
     """
     temporary = part_of(path)
-    try:
+    with full_disk_named(path):
         lock = make_alone(temporary)
         try:
             with open(temporary, "wb", opener=lambda *_: os.dup(lock)) as file:
@@ -59,6 +59,13 @@ def temporary_file(path: Path) -> Iterator[IO[Any]]:
             if is_at(temporary, lock):
                 temporary.unlink()
             os.close(lock)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Let the error of a full disk name `path`, however it was raised."""
+    try:
+        yield
     except BaseException as error:
         if number := no_room(error):
             raise OSError(number, os.strerror(number), str(path)) from error
@@ -114,7 +121,10 @@ def is_at(path: Path, descriptor: int) -> bool:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a folder. UserError for that one, and for a folder that takes no files."""
+    """Keep a second process out of a folder. UserError for that one, and for a folder that takes no files.
+
+    Errors of a full disk name the folder.
+    """
     check_writable(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -124,7 +134,8 @@ def alone(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder}: another process fills this folder; wait for its end") from error
         except OSError:
             pass  # some network file systems lock no folders
-        yield
+        with full_disk_named(folder):
+            yield
     finally:
         os.close(descriptor)
 
