@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from unittest.mock import patch
 
 import pytest
 from commands import environment
@@ -67,22 +67,15 @@ def write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def test_a_published_file_is_whole_alone_and_readable_by_all(tmp_path: Path) -> None:
+def test_a_file_appears_whole_alone_and_readable_by_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deep" / "file.bin"
-    write(path, b"content")
-    assert path.read_bytes() == b"content"
-    assert names(path.parent) == ["file.bin"]
-    assert path.stat().st_mode & 0o777 == 0o644
-
-
-def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with publish(path) as file:
-        file.write(b"new")
-        file.flush()
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
+    for before, content in ((b"", b"old"), (b"old", b"new")):
+        with publish(path) as file:
+            file.write(content)
+            file.flush()
+            assert path.read_bytes() == before if before else not path.exists()
+        assert path.read_bytes() == content and names(path.parent) == ["file.bin"]
+        assert path.stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -130,15 +123,13 @@ def test_writers_of_one_file_take_turns(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"waiting for another process that writes {part_of(path)}" in capsys.readouterr().err
 
 
-def test_without_locks_of_two_writers_the_first_ends_with_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(*_: object) -> NoReturn:
-        raise OSError(errno.ENOLCK, "no locks here")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    path = tmp_path / "file"
-    with pytest.raises(FaultError, match="file: replaced while it was written"), publish(path):
+def test_without_locks_the_first_of_two_writers_ends_with_an_error(tmp_path: Path) -> None:
+    path, refusal = tmp_path / "file", OSError(errno.ENOLCK, "no locks here")
+    with (
+        patch.object(fcntl, "flock", side_effect=refusal),
+        pytest.raises(FaultError, match="file: replaced while it was written"),
+        publish(path),
+    ):
         write(path, b"second")
     assert path.read_bytes() == b"second" and names(tmp_path) == ["file"]
 
@@ -182,21 +173,15 @@ def test_a_folder_in_the_files_place_leaves_nothing_behind(tmp_path: Path) -> No
             check_target(tmp_path / name)
 
 
-def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "no space left")
-
+def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space") as caught:
-        write(path, b"new")
-    assert caught.value.filename == str(path)
-    assert path.read_text() == "old" and names(tmp_path) == ["file"]
-    with publish(path, sync=False) as file:
-        file.write(b"new")
+    with patch("os.fsync", side_effect=OSError(errno.ENOSPC, "no space left")):
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+            write(path, b"new")
+        assert path.read_text() == "old" and names(tmp_path) == ["file"]
+        with publish(path, sync=False) as file:
+            file.write(b"new")
     assert path.read_text() == "new"
 
 
