@@ -71,7 +71,7 @@ COPY --from=builder --chmod=444 /opt/sbom.cdx.json /opt/licences.txt ./
 COPY --chmod=755 weights weights
 # The bracket makes it a pattern, and a pattern may match nothing: data/ is copied when it is there.
 COPY --chmod=755 dat[a] data
-COPY --chmod=755 README.md LICENSE entrypoint.sh ./
+COPY --chmod=755 README.md README.zh.md LICENSE entrypoint.sh ./
 COPY --chmod=755 submit submit
 COPY --chmod=755 data_scripts data_scripts
 # A folder mounted over submit/ hides its similarity.py; predict takes the spare one then.
@@ -80,6 +80,7 @@ COPY --chmod=755 submit/similarity.py code/
 COPY --chmod=755 code/*.toml code/*.lock code/*.md code/*.py code/
 COPY --chmod=755 code/presets code/presets
 COPY --chmod=755 code/benchmarks code/benchmarks
+COPY --chmod=755 code/docs code/docs
 COPY --chmod=755 code/tests code/tests
 COPY --chmod=755 code/tongkuan code/tongkuan
 # Compiled by content, not by time: the same bytes in every build. What the verbs write to is open to any

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_scripts.archives.sources import Source, find_source
 from data_scripts.linking.ledger import SPLITS, STATUSES, Digests, Picture, assign_names, list_pictures, write_ledger
-from data_scripts.linking.links import Links, Records, link_pictures, told_losses, told_names
+from data_scripts.linking.links import Links, Records, link_pictures, loss_lines, names_found
 from data_scripts.linking.matching import Matches
 from tongkuan.base.errors import UserError, entrypoint, missing
 from tongkuan.base.files import check_apart, check_writable, publish
@@ -236,7 +236,7 @@ def check_readable(
     if links.num_named and not links.has_pictures():
         cause = links.commonest()[0]
         told = f"none of the {links.num_named:,} items that name a picture gets one: {cause.count:,} {cause}"
-        raise UserError(f"{raw_dir}: {told}{told_names(matches.everywhere.pictures) if cause.is_missing else ''}")
+        raise UserError(f"{raw_dir}: {told}{names_found(matches.everywhere.pictures) if cause.is_missing else ''}")
     for picture in matches.everywhere.pictures:
         picture.image = picture.cause = ""
 
@@ -286,7 +286,7 @@ def summary(data_dir: Path, pictures: list[Picture], links: Links, coverage: Seq
         [
             f"pictures: {statuses} (each with its reason in {data_dir / LEDGER}); {unnamed:,} that no item names",
             f"items: {items}; {links.num_bare():,} without a picture",
-            *told_losses(links),
+            *loss_lines(links),
             *coverage,
             f"next: {entrypoint(verb, '--data', data_dir)}",
         ]

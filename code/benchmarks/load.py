@@ -25,9 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from tongkuan.base.files import sha256_of
-from tongkuan.encode.store import character_tokenizer
+from tongkuan.model.encoders import character_tokenizer, text_config_of
 from tongkuan.model.modelfile import ModelCard, save_model
-from tongkuan.model.towers import build, text_config_of
+from tongkuan.model.towers import build
 from tongkuan.records.items import Pair, info_row, item_file, pair_file, pair_row
 from tongkuan.settings import load_settings
 

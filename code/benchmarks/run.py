@@ -34,13 +34,16 @@ from tongkuan.encode.encode import (
     encode,
     length_batches,
     one_thread_each,
-    settle,
+    prepare,
+    slow_precision,
 )
-from tongkuan.encode.store import ItemStore, character_tokenizer, normalised
+from tongkuan.encode.store import ItemStore, normalised
+from tongkuan.model.encoders import character_tokenizer, text_config_of
 from tongkuan.model.modelfile import ModelCard, save_model
-from tongkuan.model.towers import TwoTowers, build, text_config_of
+from tongkuan.model.towers import TwoTowers, build
 from tongkuan.ranks.group import Ranks
-from tongkuan.records.items import Item, Pair, info_row, item_file, pair_file, pair_row, read_predictions
+from tongkuan.records.items import Item, Pair, info_row, item_file, pair_file, pair_row
+from tongkuan.records.result import read_predictions
 from tongkuan.result.predict import format_rows, predict, write_result
 from tongkuan.settings import DataSettings, Precision
 
@@ -95,8 +98,8 @@ def largest_difference(one: dict[str, Embeddings], other: dict[str, Embeddings])
 def bench_predict(made: World, runs: int, precision: Precision, folder: Path) -> None:
     """With the model loaded and nothing cached between runs."""
     published_model, model = reference.as_published(copy.deepcopy(made.model)), copy.deepcopy(made.model)
-    if warning := settle(model, ALONE.device, precision):
-        print(warning)
+    prepare(model, ALONE.device, precision)
+    print(slow_precision(ALONE.device, precision))
     found: dict[str, Any] = {}
 
     def published() -> None:
@@ -116,7 +119,7 @@ def bench_compile(made: World, runs: int, folder: Path) -> None:
     compiled = copy.deepcopy(made.model)
     for tower in (compiled.threshold, compiled.commodity):
         tower.text, tower.image = torch.compile(tower.text, dynamic=True), torch.compile(tower.image, dynamic=True)
-    settle(compiled, ALONE.device, "fp32")
+    prepare(compiled, ALONE.device, "fp32")
     started = time.perf_counter()
     made.ours(compiled, folder / "compiled")
     print(f"{'':<10}the first run, which compiles, takes {time.perf_counter() - started:.0f} s")
@@ -145,7 +148,7 @@ def flops_of(made: World) -> float:
 def profile_predict(made: World, precision: Precision, folder: Path) -> None:
     """Seconds of each part, summed over threads, and the operators that take most of the encoders' time."""
     model, spent = copy.deepcopy(made.model), Counter[str]()
-    settle(model, ALONE.device, precision)
+    prepare(model, ALONE.device, precision)
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -184,7 +187,7 @@ def profile_predict(made: World, precision: Precision, folder: Path) -> None:
 
 def bench_linear(made: World, runs: int, folder: Path) -> None:
     """A quarter of the items, then all of them, in turn."""
-    settle(made.model, ALONE.device, "fp32")
+    prepare(made.model, ALONE.device, "fp32")
     few = World(dict(list(made.items.items())[: len(made.items) // 4]), [], made.images, made.tokenizer, made.model)
     few.pairs = world.make_pairs(few.items)
     small, large = in_turn(runs, lambda: few.ours(few.model, folder / "a"), lambda: made.ours(made.model, folder / "b"))
@@ -210,7 +213,7 @@ def bench_cache(made: World, folder: Path) -> None:
     seconds = []
     for name in ("first", "second"):
         started = time.perf_counter()
-        predict(folder, "test", folder / "model", folder / name, DataSettings(), cache_dir=folder / "cache")
+        predict(folder, "test", folder / "model", folder / name, cache_dir=folder / "cache")
         seconds.append(time.perf_counter() - started)
     is_same = (folder / "first/result.jsonl").read_bytes() == (folder / "second/result.jsonl").read_bytes()
     print(f"predict {seconds[0]:.1f} s, again {seconds[1]:.1f} s: {seconds[1] / seconds[0]:.1%}; same bytes: {is_same}")

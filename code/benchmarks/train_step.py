@@ -10,25 +10,30 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import reference
 import torch
 import world
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from turns import report
 
-from tongkuan.encode.store import ItemStore, character_tokenizer, prefetch
+from tongkuan.encode.store import ItemStore, prefetch
 from tongkuan.learn.batches import Part, parts
-from tongkuan.learn.memory import LiveStorages
-from tongkuan.learn.train import Learner, Loaded, Task, learning_rate_at
+from tongkuan.learn.dataloader import Loaded, Task
+from tongkuan.learn.step import TrainStep, learning_rate_at
+from tongkuan.model.encoders import character_tokenizer, text_config_of
 from tongkuan.model.modelfile import ModelCard
-from tongkuan.model.towers import build, checkpoint_activations, text_config_of
+from tongkuan.model.towers import build, checkpoint_activations
 from tongkuan.ranks.group import Ranks
-from tongkuan.result.evaluate import labels_of
+from tongkuan.records.labels import labels_of
 from tongkuan.settings import ModelSettings, Settings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -101,13 +106,13 @@ class Bench:
             loss, _ = reference.training_step(self.model, optimizer, sides, labels, options.clip_norm)
             yield loss, time.perf_counter() - started
 
-    def ours(self, learner: Learner) -> Iterator[tuple[float, float]]:
+    def ours(self, learner: TrainStep) -> Iterator[tuple[float, float]]:
         """(loss, seconds) of each step from the first on."""
         loaded = prefetch(parts(self.task.train_pairs, self.settings.train, ALONE, 0), self.our_input, 1)
         for step in range(self.settings.train.steps):
             self.switch(is_published=False)
             started = time.perf_counter()
-            loss, _ = learner.step(step, loaded)
+            loss, _ = learner.take(step, loaded)
             yield float(loss), time.perf_counter() - started
 
     def losses(self, steps: int) -> tuple[list[float], list[float]]:
@@ -115,7 +120,7 @@ class Bench:
         found = []
         for is_published in (True, False):
             self.model.load_state_dict(self.start)
-            run = self.published() if is_published else self.ours(Learner(self.model, self.settings, ALONE))
+            run = self.published() if is_published else self.ours(TrainStep(self.model, self.settings, ALONE))
             found.append([loss for loss, _ in itertools.islice(run, steps)])
         return found[0], found[1]
 
@@ -130,12 +135,42 @@ class Bench:
             before = published.now + sum(tensor.nbytes for side in sides for tensor in side)
         del outcome
         self.switch(is_published=False)
-        learner, (_, batch, labels) = Learner(self.model, self.settings, ALONE), self.our_input(part)
+        learner, (_, batch, labels) = TrainStep(self.model, self.settings, ALONE), self.our_input(part)
         with LiveStorages(state) as ours:
             loss = learner.part_loss(part, batch, labels)
             now = ours.now + batch.ids.nbytes + batch.mask.nbytes
         del loss
         return before / len(part.pairs), now / len(part.pairs)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes that operators allocate and something still holds; views of one storage count once."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self._known = [tensor.untyped_storage() for tensor in known]  # not counted; held, for addresses are reused
+        self._live: dict[int, object] = {storage._cdata: None for storage in self._known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            # The storage's end is the moment at which a real one would give its bytes back.
+            self._live[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            self.now += size
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._live[key]
+        self.now -= size
 
 
 def make_task(settings: ModelSettings, num_items: int, folder: Path) -> Task:
@@ -151,7 +186,7 @@ def make_task(settings: ModelSettings, num_items: int, folder: Path) -> Task:
 
 def bench_steps(bench: Bench, runs: int) -> None:
     """Steps in turn, after one of each that is not counted."""
-    learner = Learner(bench.model, bench.settings, ALONE)
+    learner = TrainStep(bench.model, bench.settings, ALONE)
     seconds: tuple[list[float], list[float]] = ([], [])
     both = (bench.published(), bench.ours(learner))
     for run in range(runs + 1):

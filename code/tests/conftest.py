@@ -35,13 +35,6 @@ def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def without_estimate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is estimated only where a test asks for it: that is half the time of a tiny training."""
-    if request.module.__name__ not in ("test_memory", "test_plan", "test_signals", "test_examples"):
-        monkeypatch.setattr("tongkuan.learn.train.describe_memory", lambda *_: "memory: not estimated in this test")
-
-
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Towers of a few thousand weights are fastest on one thread, and threads of several processes would fight."""

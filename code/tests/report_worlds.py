@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from tongkuan.model.towers import TOP
+from tongkuan import TOP
 
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = '"><img src=x onerror=alert(2)>'

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import tiny_settings
 
-from tongkuan.encode.store import augment
+from tongkuan.learn.augment import augment
 from tongkuan.learn.batches import parts
-from tongkuan.learn.train import Learner, load_parts, load_task
+from tongkuan.learn.dataloader import load_parts, load_task
+from tongkuan.learn.step import TrainStep
 from tongkuan.model.towers import build
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import Augmentation
@@ -80,8 +81,8 @@ def test_parts_of_a_step_lose_what_the_whole_step_loses(data: Path, tmp_path: Pa
         settings = tiny_settings(tmp_path, f"train.accumulate={cut}", "train.augmentation.drop_text=0.3")
         task = load_task(settings, data)
         torch.manual_seed(0)
-        learner = Learner(build(settings.model, task.card.text_config, pretrained=True), settings, ALONE)
+        learner = TrainStep(build(settings.model, task.card.text_config, pretrained=True), settings, ALONE)
         loaded = load_parts(task, settings, ALONE, 0)
-        losses.append([float(learner.step(step, loaded)[0]) for step in range(4)])
+        losses.append([float(learner.take(step, loaded)[0]) for step in range(4)])
         loaded.close()
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)

@@ -18,9 +18,8 @@ from tongkuan.encode.cache import Cache
 from tongkuan.model.towers import TwoTowers
 from tongkuan.records.items import item_file
 from tongkuan.result.predict import predict
-from tongkuan.settings import DataSettings
 
-SETTINGS = DataSettings(encode_batch=5, workers=2)
+BATCH = 5
 BATCHES = 4  # 18 items, 5 a batch
 FILES = ("result.jsonl", "manifest.json", "similarity.py")
 
@@ -67,7 +66,7 @@ def written(submit: Path) -> list[bytes]:
 
 
 def run(data: Path, model: Path, submit: Path, cache: Path | None, precision: str = "fp32") -> list[bytes]:
-    predict(data, "test", model, submit, SETTINGS, precision, cache_dir=cache)
+    predict(data, "test", model, submit, BATCH, precision, cache_dir=cache)
     return written(submit)
 
 
@@ -123,7 +122,7 @@ def test_another_model_or_precision_or_batch_size_takes_nothing_from_the_cache(
     assert forwards.taken() == BATCHES
     run(data, model, tmp_path / "s", cache, "bf16")
     assert forwards.taken() == BATCHES
-    predict(data, "test", model, tmp_path / "s", DataSettings(encode_batch=6), cache_dir=cache)
+    predict(data, "test", model, tmp_path / "s", 6, cache_dir=cache)
     assert forwards.taken() == 3
 
 

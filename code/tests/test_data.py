@@ -11,15 +11,9 @@ from PIL import Image
 from worlds import tiny_settings
 
 from tongkuan.base.errors import UserError
-from tongkuan.encode.store import (
-    ItemStore,
-    augment,
-    build_tokenizer,
-    character_tokenizer,
-    normalised,
-    open_store,
-    prefetch,
-)
+from tongkuan.encode.store import ItemStore, normalised, open_store, prefetch
+from tongkuan.learn.augment import augment
+from tongkuan.model.encoders import build_tokenizer, character_tokenizer
 from tongkuan.records.items import Item, item_file, read_items
 from tongkuan.settings import Augmentation, ImageEncoder, TextEncoder
 
@@ -85,7 +79,7 @@ def test_a_picture_that_cannot_be_read_counts_as_blank_and_is_told_of(tmp_path: 
     batch = store.batch(["a", "b", "c"])
     assert not batch.has_image.any()
     assert (normalised(batch, ImageEncoder()) == 0).all()
-    assert store.complaint().startswith("2 pictures are missing or unreadable")
+    assert store.warning().startswith("2 pictures are missing or unreadable")
 
 
 def test_pictures_of_formats_that_nobody_hands_out_are_not_opened(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from tongkuan.__main__ import main
 from tongkuan.base.machine import multiplies
-from tongkuan.encode.encode import Embeddings, batch_size, encode, settle
+from tongkuan.encode.encode import Embeddings, batch_size, encode, prepare, slow_precision
 from tongkuan.encode.store import open_store
 from tongkuan.model.modelfile import load_model
 from tongkuan.ranks.group import Ranks
@@ -19,11 +19,11 @@ from tongkuan.settings import DataSettings, ImageEncoder, ModelSettings
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def embeddings(data: Path, path: Path, is_settled: bool) -> Embeddings:
+def embeddings(data: Path, path: Path, is_prepared: bool) -> Embeddings:
     """In bf16, of all validation items (N, 2D)."""
     model, card = load_model(path)
-    if is_settled:
-        settle(model, CPU, "bf16")
+    if is_prepared:
+        prepare(model, CPU, "bf16")
     items = read_items(item_file(data, "valid"))
     store = open_store(items, data, card.settings, card.open_tokenizer(), cache_mb=0)
     return np.stack([*encode(model, store, list(items), DataSettings(), Ranks(0, 1, CPU), "bf16").values()])
@@ -36,7 +36,7 @@ def test_weights_halved_beforehand_give_the_numbers_of_weights_halved_on_the_way
 def test_halved_weights_take_half_the_memory(model: Path) -> None:
     loaded, _ = load_model(model)
     weight = loaded.commodity.head.weight.nbytes
-    settle(loaded, CPU, "bf16")
+    prepare(loaded, CPU, "bf16")
     assert loaded.commodity.head.weight.nbytes == weight // 2
 
 
@@ -64,10 +64,10 @@ def test_evaluate_in_bf16_says_what_it_costs(data: Path, model: Path, capsys: py
     assert "against" not in capsys.readouterr().out
 
 
-def test_a_processor_without_the_instructions_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for capabilities, is_fast in (({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda found=capabilities: found)
         assert multiplies("bf16", CPU) is is_fast
         assert multiplies("fp32", CPU)
         assert multiplies("bf16", GPU)
-        assert ("fp32 is faster" in settle(load_model(model)[0], CPU, "bf16")) is not is_fast
+        assert ("fp32 is faster" in slow_precision(CPU, "bf16")) is not is_fast

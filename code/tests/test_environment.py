@@ -19,7 +19,7 @@ from tongkuan.base import machine as processor
 from tongkuan.base.errors import UserError
 from tongkuan.base.machine import available_cores
 from tongkuan.cli import exits as ending
-from tongkuan.ranks.group import ranks
+from tongkuan.ranks.group import join_ranks
 from tongkuan.ranks.place import LAUNCHER, TELL, VARIABLES, Place, find_place
 
 TOP = Path(__file__).resolve().parents[2]
@@ -116,11 +116,11 @@ def test_torch_takes_no_more_threads_than_the_quota(monkeypatch: pytest.MonkeyPa
         torch.set_num_threads(3)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.setattr("tongkuan.ranks.group.available_cores", lambda: 2)
-        with ranks():
+        with join_ranks():
             assert torch.get_num_threads() == 2
         torch.set_num_threads(3)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own word
-        with ranks():
+        with join_ranks():
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -244,7 +244,7 @@ MASTER = "MASTER_ADDR=127.0.0.1 MASTER_PORT=29517"
 def test_a_whole_environment_is_a_place(said: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     name_group(monkeypatch, said)
     found = find_place()
-    assert (found.rank, found.count, found.local_rank) == (place.rank, place.count, place.local_rank)
+    assert (found.rank, found.world_size, found.local_rank) == (place.rank, place.world_size, place.local_rank)
     assert found.has_launcher == place.has_launcher and found.port == place.port
 
 
@@ -308,8 +308,8 @@ def test_whom_a_rank_waits_for_is_said_at_once(
 def test_a_verb_without_ranks_ignores_the_group(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name_group(monkeypatch, said)
     assert main(["settings", "--preset", "demo"]) == 0
-    with ranks() as fellows:
-        assert fellows.count == 1
+    with join_ranks() as ranks:
+        assert ranks.world_size == 1
 
 
 @pytest.mark.parametrize("said", ["RANK=1", "RANK=3 WORLD_SIZE=4", "RANK=1 LOCAL_RANK=1", f"{TELL}=9", f"{LAUNCHER}=1"])
@@ -412,7 +412,7 @@ def test_a_port_that_is_taken_is_the_users_to_change(monkeypatch: pytest.MonkeyP
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         name_group(monkeypatch, f"WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={taken.getsockname()[1]}")
-        with pytest.raises(UserError, match="another program listens there; set another MASTER_PORT"), ranks():
+        with pytest.raises(UserError, match="another program listens there; set another MASTER_PORT"), join_ranks():
             pass
 
 
@@ -420,7 +420,10 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     name_group(monkeypatch, f"WORLD_SIZE=4 RANK=3 LOCAL_RANK=3 {MASTER}")
-    with pytest.raises(UserError, match="LOCAL_RANK=3: one GPU is to be seen; start at most 1 ranks here, or"), ranks():
+    with (
+        pytest.raises(UserError, match="LOCAL_RANK=3: one GPU is to be seen; start at most 1 ranks here, or"),
+        join_ranks(),
+    ):
         pass
 
 

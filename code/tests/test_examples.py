@@ -1,6 +1,5 @@
-"""Every example that a --help or the README shows is typed as it stands, in a folder where what it goes on from is."""
+"""Every example of a --help or the README works as it stands; documents say the same as the code and each other."""
 
-import argparse
 import functools
 import http.server
 import re
@@ -12,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import timm
+from docs.reference import COMMAND, NAMES, REFERENCE, options_of, reference, setting_rows
 from safetensors.torch import save_file
+from test_layers import ROOMS
 from test_release import make_release
 from worlds import TINY
 
 from tongkuan import settings as config
-from tongkuan.__main__ import SCRIPTS, VERBS, main, parser_of
-from tongkuan.model import towers as model
+from tongkuan.__main__ import main, parser_of
+from tongkuan.model import encoders as model
 
 TOP = Path(__file__).resolve().parents[2]
-README = (TOP / "README.md").read_text(encoding="utf-8")
+README, CHINESE = ((TOP / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+README_WORDS = 1_400
+CODE_BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 ENTRYPOINT = "./entrypoint.sh"
 SCREEN = 32  # lines
 
@@ -53,7 +56,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", [*SCRIPTS, *VERBS])
+@pytest.mark.parametrize("verb", NAMES)
 def test_the_example_of_a_help_works_as_it_stands_and_ends_in_what_to_type_next(
     verb: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,7 +68,7 @@ def test_the_example_of_a_help_works_as_it_stands_and_ends_in_what_to_type_next(
     assert re.match(r"(# )?next: ", last), last
 
 
-@pytest.mark.parametrize("verb", [*SCRIPTS, *VERBS])
+@pytest.mark.parametrize("verb", NAMES)
 def test_a_help_fits_a_screen_and_ends_in_its_example(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,11 +85,10 @@ def test_a_help_fits_a_screen_and_ends_in_its_example(
 # README
 
 
-def readme_commands() -> list[str]:
-    """The lines of its shell blocks that call a verb, without their comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [line.split(" # ")[0].split("     ")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(ENTRYPOINT)]
+def shell_lines(text: str) -> list[str]:
+    """The lines of its shell blocks without their comments, and a rule after each block."""
+    blocks = (f"{block}---" for block in CODE_BLOCK.findall(text))
+    return [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
 
 
 @pytest.fixture
@@ -142,20 +144,63 @@ def test_every_command_of_the_readme_works_as_it_stands(
     (tmp_path / "links.txt").write_text(links, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     typed_by_ci = {f"{ENTRYPOINT} demo", f"{ENTRYPOINT} test"}
-    commands = [line for line in readme_commands() if line not in typed_by_ci]
+    commands = [line for line in shell_lines(README) if line.startswith(ENTRYPOINT) and line not in typed_by_ci]
     assert len(commands) > 10
     for line in commands:
         type_in(line.replace("FILE", "data/item_test_answers.jsonl"))
 
 
-def test_the_readme_has_every_option_of_every_verb() -> None:
-    table = "\n".join(map(options_row, [*SCRIPTS, *VERBS]))
-    assert table in README, f"the README's table of options is to be\n{table}"
+def test_the_readme_is_short_and_the_chinese_one_says_the_same() -> None:
+    """Commands, figures, headings, pictures and links; the prose is a translator's."""
+    assert len(README.split()) <= README_WORDS
+    assert "(README.zh.md)" in README and "(README.md)" in CHINESE
+    for facts_of in (shell_lines, figures, headings, links_of):
+        assert facts_of(CHINESE) == facts_of(README)
 
 
-def test_the_errors_that_the_readme_explains_are_those_that_are_printed() -> None:
-    section = README.partition("## When something is wrong")[2].partition("\n## ")[0]
-    quoted = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+def figures(text: str) -> list[str]:
+    """Its numbers of two digits or more outside shell blocks; a language puts them in an order of its own."""
+    return sorted(re.findall(r"\.?\d[\d.,]*\d", CODE_BLOCK.sub("", text)))
+
+
+def headings(text: str) -> list[int]:
+    """The level of each heading, in order."""
+    return [len(marks) for marks in re.findall(r"^(#+) ", CODE_BLOCK.sub("", text), re.MULTILINE)]
+
+
+def links_of(text: str) -> list[str]:
+    """Where its links and pictures lead, in order, but for the other language."""
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("README")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other documents
+
+
+@pytest.mark.parametrize("path", [TOP / "README.md", TOP / "README.zh.md", *sorted(REFERENCE.parent.glob("*.md"))])
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target in links_of(path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        if target.startswith("https://") or "figures/" in name:  # the image has no pictures of documents
+            continue
+        found = path.parent / name
+        assert found.is_file(), target
+        titles = re.findall(r"^#+ (.+)", found.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], target
+
+
+def test_the_reference_is_that_of_todays_options_and_settings() -> None:
+    assert REFERENCE.read_text(encoding="utf-8") == reference(), f"{REFERENCE} is out of date; mend it: {COMMAND}"
+
+
+def test_every_option_and_setting_says_what_it_is() -> None:
+    assert [name for name in NAMES for action in options_of(parser_of(name)) if not action.help] == []
+    assert [name for name, _, what in setting_rows(config.Settings, "") if not what] == []
+
+
+def test_the_errors_that_are_explained_are_those_that_are_printed() -> None:
+    page = (REFERENCE.parent / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     printed = [*TOP.glob("code/tongkuan/**/*.py"), *TOP.glob("data_scripts/**/*.py"), TOP / "entrypoint.sh"]
     # A message may be written over two lines.
     source = re.sub(r'"\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in printed))
@@ -163,37 +208,10 @@ def test_the_errors_that_the_readme_explains_are_those_that_are_printed() -> Non
     assert [text for text in quoted if text not in source] == []
 
 
-def options_row(verb: str) -> str:
-    """A line of the README's table."""
-    shown = []
-    for action in parser_of(verb)._actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
-        names = (
-            action.metavar if isinstance(action.metavar, tuple) else [action.metavar or "|".join(action.choices or ())]
-        )
-        value = f" {' '.join(names)}" if action.nargs != 0 else ""
-        name = f"`{action.option_strings[0]}{value}`" if action.option_strings else f"`{action.metavar}`"
-        shown.append(f"{name} {action.help}".replace("|", "\\|"))
-    return f"| `{verb}` | {'; '.join(shown) or 'none'} |"
-
-
-def test_the_readme_has_every_setting() -> None:
-    table = "\n".join(settings_rows(config.Settings, ""))
-    assert table in README, f"the README's table of settings is to be\n{table}"
-
-
-def settings_rows(section: type[config.Section], prefix: str) -> list[str]:
-    """Lines of the README's table."""
-    rows = []
-    for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, config.Section):
-            rows += settings_rows(inner, f"{prefix}{name}.")
-            continue
-        default = getattr(section(), name)
-        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        assert field.description, f"{prefix}{name} says nothing of itself"
-        shown = "" if shown is None else f"`{shown}`"
-        rows.append(f"| `{prefix}{name}` | {shown} | {field.description} |".replace("|", "\\|").replace("\\|", "|"))
-    return rows
+def test_the_map_of_the_code_names_files_that_are_there_and_all_rooms() -> None:
+    page = (TOP / "code/CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./-]+\.(?:py|md|yaml|sh))`", page))
+    folders = (TOP / "code/tongkuan", TOP / "code", TOP)
+    assert len(named) > 20
+    assert {name for name in named if not any((folder / name).is_file() for folder in folders)} == set()
+    assert re.findall(r"^\d+\. `(\w+)(?:/|\.py)`", page, re.MULTILINE) == ROOMS

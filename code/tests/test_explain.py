@@ -16,11 +16,11 @@ from tongkuan.base.errors import UserError
 from tongkuan.encode.store import open_store
 from tongkuan.learn.train import train
 from tongkuan.model.towers import pair_scores
-from tongkuan.records.items import read_items, read_predictions
+from tongkuan.records.items import read_items
+from tongkuan.records.result import read_predictions
 from tongkuan.report.explain import WHOLE, occlude, variants_of
 from tongkuan.report.explained import Effect, Explanation, row_of
 from tongkuan.result.predict import predict
-from tongkuan.settings import DataSettings
 
 A, B = "test-0-0", "test-1-0"
 
@@ -42,7 +42,7 @@ def effect_of(explanation: Explanation, part: str) -> Effect:
 
 def predicted(data: Path, model: Path, submit: Path) -> float:
     """The score that predict gives to A and B."""
-    predict(data, "test", model, submit, DataSettings())
+    predict(data, "test", model, submit)
     for _, row in read_predictions(submit / "result.jsonl"):
         if (row.left, row.right) == (A, B):
             both = (np.float32(row.left_embedding)[None], np.float32(row.right_embedding)[None])

@@ -17,7 +17,7 @@ import pytest
 from commands import environment
 
 from data_scripts.transfer import Partial
-from tongkuan.base.errors import FaultError, UserError, unwritable
+from tongkuan.base.errors import FailureError, UserError, unwritable
 from tongkuan.base.files import check_target, check_writable, part_of, publish, sha256_of
 
 NOBODY = 65534
@@ -127,7 +127,7 @@ def test_without_locks_the_first_of_two_writers_ends_with_an_error(tmp_path: Pat
     path, refusal = tmp_path / "file", OSError(errno.ENOLCK, "no locks here")
     with (
         patch.object(fcntl, "flock", side_effect=refusal),
-        pytest.raises(FaultError, match="file: replaced while it was written"),
+        pytest.raises(FailureError, match="file: replaced while it was written"),
         publish(path),
     ):
         write(path, b"second")

@@ -13,7 +13,7 @@ import pytest
 from test_main import error_of, without_root
 from worlds import tiny_preset, write_jsonl
 
-import tongkuan.encode.encode
+import tongkuan.encode.inference
 import tongkuan.judge.check
 import tongkuan.learn.train
 import tongkuan.model.released
@@ -26,7 +26,7 @@ from data_scripts import download, resize, sample
 from tongkuan.__main__ import main
 from tongkuan.base import errors  # all imported as root: not everybody may read where they are installed
 from tongkuan.cli.exits import report_error
-from tongkuan.model import towers as model  # all imported as root: not everybody may read where they are installed
+from tongkuan.model import encoders as model  # all imported as root: not everybody may read where they are installed
 
 Words = Callable[["World"], list[object]]
 
@@ -100,9 +100,9 @@ def idle(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> NoReturn:
         raise AssertionError("it has begun to work")
 
-    for module in (tongkuan.result.predict, tongkuan.result.evaluate, tongkuan.report.explain, tongkuan.learn.train):
+    for module in (tongkuan.encode.inference, tongkuan.learn.train):
         monkeypatch.setattr(module, "encode", work)
-    monkeypatch.setattr(tongkuan.learn.train, "learn", work)
+    monkeypatch.setattr(tongkuan.learn.train.Trainer, "fit", work)
     monkeypatch.setattr(tongkuan.judge.check, "run_similarity", work)
     monkeypatch.setattr(tongkuan.model.released, "read_params", work)
     monkeypatch.setattr(model, "download", work)

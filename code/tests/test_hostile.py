@@ -24,10 +24,11 @@ from worlds import make_data, tiny_preset
 from data_scripts.archives import sources
 from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError, clip, nearest
-from tongkuan.model.towers import build_text, read_tensors, text_config_of
+from tongkuan.model.encoders import build_text, read_tensors, text_config_of
 from tongkuan.records import pictures
 from tongkuan.records.attributes import item_text
-from tongkuan.records.items import parse_item, read_items, read_pairs, read_predictions
+from tongkuan.records.items import parse_item, read_items, read_pairs
+from tongkuan.records.result import read_predictions
 from tongkuan.settings import load_settings
 
 ID = '{"item_id": "a", "title": '

@@ -16,10 +16,11 @@ from commands import environment
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tongkuan import TOP
 from tongkuan.base.errors import UserError
 from tongkuan.judge.check import check, score
-from tongkuan.model.towers import TOP, pair_scores
-from tongkuan.records.items import format_embedding
+from tongkuan.model.towers import pair_scores
+from tongkuan.records.result import format_embedding
 
 SIMILARITY = (TOP / "submit" / "similarity.py").read_text(encoding="utf-8")
 ROWS = [

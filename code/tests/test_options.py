@@ -20,8 +20,9 @@ from tongkuan.__main__ import SCRIPTS, VERBS, main, parser_of
 from tongkuan.base.errors import UserError, entrypoint, quote
 from tongkuan.cli.command import Real, Whole
 from tongkuan.cli.options import THRESHOLD
-from tongkuan.model.towers import build, text_config_of
-from tongkuan.records.items import prediction_row, read_predictions
+from tongkuan.model.encoders import text_config_of
+from tongkuan.model.towers import build
+from tongkuan.records.result import prediction_row, read_predictions
 from tongkuan.settings import Section, Settings, load_settings
 
 WILD = ("nan", "inf", "-inf", "1e999", "0", "-1", str(2**63), "", " 1", "1_000", "１２", "0x10", "-", "1,5", "½")

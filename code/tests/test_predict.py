@@ -16,11 +16,12 @@ from tongkuan.encode.store import open_store
 from tongkuan.model.modelfile import load_model
 from tongkuan.model.towers import pair_scores
 from tongkuan.ranks.group import Ranks
-from tongkuan.records.items import item_file, pair_file, read_items, read_pairs, read_predictions
+from tongkuan.records.items import item_file, pair_file, read_items, read_pairs
+from tongkuan.records.result import read_predictions
 from tongkuan.result.predict import predict
 from tongkuan.settings import DataSettings
 
-SETTINGS = DataSettings(encode_batch=5)
+BATCH = 5
 
 
 def result(submit: Path) -> bytes:
@@ -30,7 +31,7 @@ def result(submit: Path) -> bytes:
 def test_a_result_has_a_row_a_pair_in_their_order_and_one_embedding_an_item(
     data: Path, model: Path, tmp_path: Path
 ) -> None:
-    predict(data, "test", model, tmp_path, SETTINGS)
+    predict(data, "test", model, tmp_path, BATCH)
     pairs = read_pairs(pair_file(data, "test"), labels="optional")
     rows = [row for _, row in read_predictions(tmp_path / "result.jsonl")]
     assert [(row.left, row.right) for row in rows] == [(pair.left, pair.right) for pair in pairs]
@@ -53,7 +54,7 @@ def test_one_rank_and_two_write_identical_files(data: Path, model: Path, tmp_pat
 def test_cores_do_not_change_a_bit(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cores in (1, 3):
         monkeypatch.setattr("tongkuan.encode.encode.available_cores", lambda cores=cores: cores)
-        predict(data, "test", model, tmp_path / str(cores), SETTINGS)
+        predict(data, "test", model, tmp_path / str(cores), BATCH)
     assert result(tmp_path / "1") == result(tmp_path / "3")
 
 
@@ -69,7 +70,7 @@ def test_swapped_sides_have_the_same_score(data: Path, model: Path, tmp_path: Pa
     )
     scores = []
     for name, folder in (("a", data), ("b", swapped)):
-        predict(folder, "test", model, tmp_path / name, SETTINGS)
+        predict(folder, "test", model, tmp_path / name, BATCH)
         predictions = [row for _, row in read_predictions(tmp_path / name / "result.jsonl")]
         left = np.stack([row.left_embedding for row in predictions])
         right = np.stack([row.right_embedding for row in predictions])
@@ -83,7 +84,7 @@ def test_the_manifest_tells_what_made_the_result_and_nothing_of_when_or_where(
     from tongkuan.base.files import sha256_of
 
     for name in ("a", "b"):
-        predict(data, "test", model, tmp_path / name, SETTINGS, threshold=0.25)
+        predict(data, "test", model, tmp_path / name, BATCH, threshold=0.25)
     assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
     manifest = orjson.loads((tmp_path / "a" / "manifest.json").read_bytes())
     assert manifest["sha256"]["model"] == sha256_of(model)
@@ -99,8 +100,8 @@ def test_lower_precisions_give_nearly_the_same_scores(data: Path, model: Path, p
     items = read_items(item_file(data, "valid"))
     store = open_store(items, data, card.settings, card.open_tokenizer(), 0)
     one = Ranks(0, 1, torch.device("cpu"))
-    exact = encode(network, store, list(items), SETTINGS, one)
-    rough = encode(network, store, list(items), SETTINGS, one, precision)
+    exact = encode(network, store, list(items), DataSettings(encode_batch=BATCH), one)
+    rough = encode(network, store, list(items), DataSettings(encode_batch=BATCH), one, precision)
     for item_id in items:
         assert rough[item_id] == pytest.approx(exact[item_id], abs=0.05)
 
@@ -108,7 +109,7 @@ def test_lower_precisions_give_nearly_the_same_scores(data: Path, model: Path, p
 def test_a_failed_prediction_leaves_the_earlier_result_alone(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predict(data, "test", model, tmp_path, SETTINGS)
+    predict(data, "test", model, tmp_path, BATCH)
     before = result(tmp_path)
 
     def fail(*_: object) -> bytes:
@@ -116,7 +117,7 @@ def test_a_failed_prediction_leaves_the_earlier_result_alone(
 
     monkeypatch.setattr("tongkuan.result.predict.prediction_row", fail)
     with pytest.raises(RuntimeError):
-        predict(data, "test", model, tmp_path, SETTINGS, threshold=9.0)
+        predict(data, "test", model, tmp_path, BATCH, threshold=9.0)
     assert result(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "result.jsonl", "similarity.py"]
 

@@ -15,18 +15,8 @@ from hypothesis import strategies as st
 from tongkuan.base.errors import UserError
 from tongkuan.records.attribute_syntax import plain
 from tongkuan.records.attributes import TEN_KEYS, item_text, normalise, parse_attributes
-from tongkuan.records.items import (
-    Item,
-    Pair,
-    format_embedding,
-    info_row,
-    pair_row,
-    parse_embedding,
-    prediction_row,
-    read_items,
-    read_pairs,
-    read_predictions,
-)
+from tongkuan.records.items import Item, Pair, info_row, pair_row, read_items, read_pairs
+from tongkuan.records.result import format_embedding, parse_embedding, prediction_row, read_predictions
 
 # Without `#`, which is the strict writing's own sign; with everything that looser writings split at.
 TEXTS = st.text(st.sampled_from(":;：；,，|=/ .-1aZ红色ＡΩé") | st.characters(exclude_characters="#", codec="utf-8"))

@@ -23,14 +23,15 @@ from transformers import AutoTokenizer, BertConfig, BertModel, SwinConfig, SwinM
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 from worlds import TINY, make_data
 
+from tongkuan import TOP
 from tongkuan.__main__ import main
 from tongkuan.base.files import sha256_of
 from tongkuan.model.modelfile import load_model, save_model
-from tongkuan.model.towers import TOP, pair_scores
+from tongkuan.model.towers import pair_scores
 from tongkuan.records.attributes import TEN_KEYS, item_text, normalise
-from tongkuan.records.items import Item, item_file, read_items, read_predictions
+from tongkuan.records.items import Item, item_file, read_items
+from tongkuan.records.result import read_predictions
 from tongkuan.result.predict import predict
-from tongkuan.settings import DataSettings
 
 # What transformers and timm differ by, of numbers between -4 and 4 in fp32.
 TOLERANCE = 2e-5
@@ -177,7 +178,7 @@ def test_an_imported_release_gives_the_numbers_of_transformers(
 ) -> None:
     release = make_release(tmp_path, size, window, depths, heads, width)
     assert main(release.words(tmp_path / "model.safetensors")) == 0
-    predict(data, "test", tmp_path / "model.safetensors", tmp_path / "submit", DataSettings(encode_batch=5))
+    predict(data, "test", tmp_path / "model.safetensors", tmp_path / "submit", 5)
     items = read_items(item_file(data, "test"))
     expected = {item_id: by_formula(release, item, data / "images") for item_id, item in items.items()}
     rows = [row for _, row in read_predictions(tmp_path / "submit" / "result.jsonl")]
@@ -384,7 +385,7 @@ def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A weights/ of its own, and a hub that is switched off."""
     folder = tmp_path / "weights"
     folder.mkdir()
-    monkeypatch.setattr("tongkuan.model.towers.WEIGHTS_DIR", folder)
+    monkeypatch.setattr("tongkuan.model.encoders.WEIGHTS_DIR", folder)
     monkeypatch.setattr("tongkuan.model.released.WEIGHTS_DIR", folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from tongkuan.base.errors import UserError
 from tongkuan.records import rows
-from tongkuan.records.items import Item, read_items, read_pairs, read_predictions
+from tongkuan.records.items import Item, read_items, read_pairs
+from tongkuan.records.result import read_predictions
 from tongkuan.records.rows import is_given, read_rows
 
 ROWS = [

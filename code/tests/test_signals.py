@@ -22,12 +22,14 @@ from worlds import tiny_preset, tiny_settings
 from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
 from tongkuan.cli.exits import describe
-from tongkuan.learn.train import Learner, train
-from tongkuan.model.modelfile import Run
+from tongkuan.learn.run import Run
+from tongkuan.learn.step import TrainStep
+from tongkuan.learn.train import train
 from tongkuan.model.towers import TwoTowers
-from tongkuan.ranks.group import Ranks, StopRequests, seconds_of
+from tongkuan.ranks.group import Ranks
 from tongkuan.ranks.launch import Fleet
-from tongkuan.ranks.place import LOST
+from tongkuan.ranks.place import LOST, seconds_of
+from tongkuan.ranks.stop import StopRequests
 
 LONG = ("train.steps=100000", "train.save_every=100000", "train.validate_every=100000")
 
@@ -108,9 +110,9 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_an_unbroken_one(
     """Step 3 is to be validated and 6 is the last: both are put off to the next call."""
     settings = tiny_settings(tmp_path, "train.save_every=4")
     train(settings, data, tmp_path / "whole", tmp_path / "whole.safetensors")
-    take = Learner.step
+    take = TrainStep.take
 
-    def ask(self: Learner, at: int, loaded: Iterator[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def ask(self: TrainStep, at: int, loaded: Iterator[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         if at == step - 1:
             os.kill(os.getpid(), number)
             time.sleep(0.3)
@@ -118,7 +120,7 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_an_unbroken_one(
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(Learner, "step", ask)
+        patch.setattr(TrainStep, "take", ask)
         train(settings, data, tmp_path / "run", tmp_path / "model")
     assert caught.value.code == 128 + number
     assert f"stopped after step {step}, which is saved; the same command goes on" in capfd.readouterr().err
@@ -191,11 +193,11 @@ def test_a_rank_that_is_far_ahead_stops_after_the_step_that_all_have_yet_to_take
 
 STUCK_IN_AN_OPERATOR = """
 import os, pathlib, torch
-from tongkuan.learn.train import Learner
+from tongkuan.learn.step import TrainStep
 def step(self, number, loaded):
     pathlib.Path(os.environ["BEGUN"] + os.environ.get("RANK", "")).touch()
     torch.linalg.matrix_power(torch.rand(3000, 3000), 1 << 40)
-Learner.step = step
+TrainStep.take = step
 """
 
 
@@ -254,9 +256,9 @@ import os
 if os.environ.get("RANK") == "1":
     import torch
     from tongkuan.base.files import UserError
-    from tongkuan.learn.train import Learner
+    from tongkuan.learn.step import TrainStep
     def step(*_): raise {error}
-    Learner.step = step
+    TrainStep.take = step
 """
     run = Training(data, tmp_path / "run", *LONG, "--nproc", 2, patch=patch)
     code, said = run.ended(60)
@@ -364,15 +366,14 @@ def out_of_memory(*_: object) -> torch.Tensor:
     return torch.empty(1 << 45)
 
 
-def test_a_training_without_memory_names_its_largest_part_and_what_to_lower(
+def test_a_training_without_memory_names_what_to_lower(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Learner, "part_loss", out_of_memory)
+    monkeypatch.setattr(TrainStep, "part_loss", out_of_memory)
     with pytest.raises(RuntimeError) as caught:
         train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model")
     line = describe(caught.value, "train")
     assert "out of memory" in line and "can't allocate memory" in line and "\n" not in line
-    assert "of a step's memory the activations take the most, " in line
     for setting in ("train.pairs", "train.accumulate", "train.checkpoint_activations=true", "train.precision=bf16"):
         assert setting in line
 

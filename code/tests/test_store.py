@@ -11,7 +11,8 @@ import torch
 from worlds import tiny_settings
 
 from tongkuan.encode.encode import encode, length_batches
-from tongkuan.encode.store import ItemStore, character_tokenizer, open_store
+from tongkuan.encode.store import ItemStore, open_store
+from tongkuan.model.encoders import character_tokenizer
 from tongkuan.model.modelfile import load_model
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Item, item_file, read_items

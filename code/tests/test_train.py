@@ -12,9 +12,11 @@ from commands import ok, run_verb
 from safetensors.torch import load_file
 from worlds import tiny_preset, tiny_settings
 
-from tongkuan.base.errors import FaultError, UserError
-from tongkuan.learn.batches import BatchDraw, Part, parts
-from tongkuan.learn.train import Learner, Loaded, learning_rate_at, load_task, train
+from tongkuan.base.errors import FailureError, UserError
+from tongkuan.learn.batches import BatchSampler, Part, parts
+from tongkuan.learn.dataloader import Loaded, load_task
+from tongkuan.learn.step import TrainStep, learning_rate_at
+from tongkuan.learn.train import train
 from tongkuan.model.towers import build
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
@@ -55,12 +57,12 @@ def test_the_learning_rate_falls_as_a_cosine_from_peak_to_final() -> None:
 @pytest.mark.parametrize("draw", ["random", "component"])
 def test_every_epoch_visits_each_pair_once_in_an_order_of_its_own(draw: str) -> None:
     pairs = [Pair(f"{index // 3}-{index % 3}", f"{index // 3}-x", 0) for index in range(12)]
-    batches = BatchDraw(pairs, TrainSettings(pairs=5, seed=3, draw=draw))
+    batches = BatchSampler(pairs, TrainSettings(pairs=5, seed=3, draw=draw))
     order = [pair for step in range(12) for pair in batches.batch(step)]
     epochs = [order[start : start + 12] for start in range(0, 60, 12)]
     assert all(set(epoch) == set(pairs) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
-    later = BatchDraw(pairs, TrainSettings(pairs=5, seed=3, draw=draw))
+    later = BatchSampler(pairs, TrainSettings(pairs=5, seed=3, draw=draw))
     assert later.batch(7) == order[35:40], "a resumed run draws what an unbroken one does"
     if draw == "component":
         groups = [pair.right for pair in epochs[0]]
@@ -119,7 +121,7 @@ def test_a_rank_computes_with_as_many_threads_as_asked(
         seen.append(torch.get_num_threads())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tongkuan.learn.train.learn", learn)
+    monkeypatch.setattr("tongkuan.learn.train.Trainer.fit", learn)
     try:
         with pytest.raises(KeyboardInterrupt):
             train(tiny_settings(tmp_path, "train.threads=3"), data, tmp_path / "run", tmp_path / "m.safetensors")
@@ -149,15 +151,15 @@ def test_a_run_in_fp16_goes_on_with_its_loss_scale(data: Path, tmp_path: Path, m
     """Stopped between two checkpoints, it ends as an unbroken one: weights, moments and the scale of the loss."""
     settings = tiny_settings(tmp_path, "train.precision=fp16")
     train(settings, data, tmp_path / "whole", tmp_path / "whole.safetensors")
-    take_step = Learner.step
+    take_step = TrainStep.take
 
-    def stop_at_five(learner: Learner, step: int, loaded: Iterator[Loaded]) -> tuple[torch.Tensor, torch.Tensor]:
+    def stop_at_five(learner: TrainStep, step: int, loaded: Iterator[Loaded]) -> tuple[torch.Tensor, torch.Tensor]:
         if step == 5:
             raise KeyboardInterrupt
         return take_step(learner, step, loaded)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Learner, "step", stop_at_five)
+        patch.setattr(TrainStep, "take", stop_at_five)
         train(settings, data, tmp_path / "broken", tmp_path / "broken.safetensors")
     assert last_step(tmp_path / "broken") == 4
     train(settings, data, tmp_path / "broken", tmp_path / "broken.safetensors")
@@ -171,12 +173,12 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(data: Path, tmp
     task = load_task(settings, data)
     alone = Ranks(0, 1, CPU)
     model = build(settings.model, task.card.text_config, pretrained=True).train()
-    learner = Learner(model, settings, alone)
+    learner = TrainStep(model, settings, alone)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     part = next(parts(task.train_pairs, settings.train, alone, 0))
     loaded = (part, task.train_store.batch(part.item_ids), torch.tensor([pair.label for pair in part.pairs]))
-    loss, _ = learner.step(0, iter([loaded]))
+    loss, _ = learner.take(0, iter([loaded]))
     assert math.isfinite(float(loss))
     assert learner.scaler.get_scale() == 2.0**125
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -261,15 +263,15 @@ def test_rows_of_a_run_that_stopped_between_two_of_them_are_those_of_an_unbroken
 ) -> None:
     settings = tiny_settings(tmp_path, "train.log_every=3", "train.save_every=2")
     train(settings, data, tmp_path / "unbroken", tmp_path / "a.safetensors")
-    real = Learner.step
+    real = TrainStep.take
 
-    def step(self: Learner, number: int, loaded: Iterator[Loaded]) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self: TrainStep, number: int, loaded: Iterator[Loaded]) -> tuple[torch.Tensor, torch.Tensor]:
         if number == 4:
             raise RuntimeError("power cut")
         return real(self, number, loaded)
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
-        patched.setattr(Learner, "step", step)
+        patched.setattr(TrainStep, "take", step)
         train(settings, data, tmp_path / "broken", tmp_path / "b.safetensors")
     train(settings, data, tmp_path / "broken", tmp_path / "b.safetensors")
     assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "unbroken")
@@ -312,17 +314,17 @@ def test_a_fault_in_training_names_step_pairs_and_last_good_state(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     settings = tiny_settings(tmp_path, "train.log_every=3", "train.save_every=2")
-    real, seen, bad = Learner.part_loss, [], {"loss": 4, "gradient": 3}[what]
+    real, seen, bad = TrainStep.part_loss, [], {"loss": 4, "gradient": 3}[what]
 
-    def part_loss(self: Learner, part: Part, *rest: Any) -> torch.Tensor:
+    def part_loss(self: TrainStep, part: Part, *rest: Any) -> torch.Tensor:
         seen.append([f"{pair.left}-{pair.right}" for pair in part.pairs])
         loss = real(self, part, *rest)
         if part.step == bad and what == "gradient":
             self.model.commodity.head.bias.register_hook(lambda gradient: gradient * math.inf)
         return loss * math.nan if part.step == bad and what == "loss" else loss
 
-    monkeypatch.setattr(Learner, "part_loss", part_loss)
-    with pytest.raises(FaultError) as caught:
+    monkeypatch.setattr(TrainStep, "part_loss", part_loss)
+    with pytest.raises(FailureError) as caught:
         train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")
     line, last = str(caught.value), tmp_path / "run" / "last.pt"
     assert f"the {what} of step {bad + 1} is not a number" in line and f"{last} is the last good state" in line
@@ -330,5 +332,5 @@ def test_a_fault_in_training_names_step_pairs_and_last_good_state(
     kept = torch.load(last, weights_only=True)
     assert kept["step"] == {"loss": 4, "gradient": 2}[what]
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
-    monkeypatch.setattr(Learner, "part_loss", real)
+    monkeypatch.setattr(TrainStep, "part_loss", real)
     train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")

@@ -15,8 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import tiny_settings
 
-from tongkuan.learn.batches import BatchDraw, parts
-from tongkuan.learn.train import Learner, load_task, make_optimizer, train, validate
+from tongkuan.learn.batches import BatchSampler, parts
+from tongkuan.learn.dataloader import load_task
+from tongkuan.learn.step import TrainStep, make_optimizer
+from tongkuan.learn.train import Trainer, train
 from tongkuan.model.towers import build
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
@@ -78,7 +80,7 @@ def test_a_step_waits_for_no_number_beyond_what_the_text_encoders_read(
     """transformers asks of each mask whether anything is padded: a wait a forward of a text encoder, not ours."""
     settings = tiny_settings(tmp_path, f"train.precision={precision}", "train.accumulate=2")
     task = load_task(settings, data)
-    learner = Learner(build(settings.model, task.card.text_config, pretrained=True).train(), settings, ALONE)
+    learner = TrainStep(build(settings.model, task.card.text_config, pretrained=True).train(), settings, ALONE)
     loaded = [
         (part, task.train_store.batch(part.item_ids), torch.tensor([pair.label for pair in part.pairs]))
         for part in itertools.islice(parts(task.train_pairs, settings.train, ALONE, 0), 4)
@@ -86,7 +88,7 @@ def test_a_step_waits_for_no_number_beyond_what_the_text_encoders_read(
     coming = iter(loaded)
     with Waits() as waits:
         for step in range(2):
-            loss, norm = learner.step(step, coming)
+            loss, norm = learner.take(step, coming)
         assert len(waits.met) <= 2 * 2 * 2, "steps x parts x text encoders"
     with Waits() as encoders:
         for _, batch, _ in loaded:
@@ -107,7 +109,7 @@ def test_the_log_alone_reads_numbers(data: Path, tmp_path: Path, monkeypatch: py
         read.append(tensor)
         return as_float(tensor)
 
-    monkeypatch.setattr("tongkuan.learn.train.validate", lambda *_: None)
+    monkeypatch.setattr("tongkuan.learn.train.Trainer.validate", lambda *_: None)
     monkeypatch.setattr("tongkuan.learn.train.shutil.copyfileobj", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "__float__", counted)
     (tmp_path / "run").mkdir()
@@ -139,7 +141,7 @@ def test_a_component_is_walked_so_that_its_pairs_meet() -> None:
     shuffled = [pairs[index] for index in np.random.default_rng(1).permutation(400)]
 
     def items_a_pair(draw: str) -> float:
-        batches = BatchDraw(shuffled, TrainSettings(pairs=4, draw=draw))
+        batches = BatchSampler(shuffled, TrainSettings(pairs=4, draw=draw))
         return sum(len({i for p in batches.batch(step) for i in (p.left, p.right)}) for step in range(100)) / 400
 
     assert items_a_pair("random") > 1.9
@@ -184,7 +186,7 @@ def test_pairs_per_second_are_counted_with_no_terminal_to_show_them(
     assert not sys.stderr.isatty()
     now = [0.0]
 
-    def step(self: Learner, *rest: Any) -> Any:
+    def step(self: TrainStep, *rest: Any) -> Any:
         now[0] += 0.5
         return take_step(self, *rest)
 
@@ -192,10 +194,10 @@ def test_pairs_per_second_are_counted_with_no_terminal_to_show_them(
         now[0] += 100
         validate(*rest)
 
-    take_step = Learner.step
-    monkeypatch.setattr("tongkuan.learn.train.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(Learner, "step", step)
-    monkeypatch.setattr("tongkuan.learn.train.validate", validate_slowly)
+    take_step, validate = TrainStep.take, Trainer.validate
+    monkeypatch.setattr("tongkuan.learn.step.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(TrainStep, "take", step)
+    monkeypatch.setattr("tongkuan.learn.train.Trainer.validate", validate_slowly)
     settings = tiny_settings(tmp_path, f"train.log_every={log_every}", "train.steps=7", "train.validate_every=3")
     train(settings, data, tmp_path / "run", tmp_path / "model.safetensors")
     speeds = speeds_of(tmp_path / "run")

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from tongkuan.base.errors import UserError
 from tongkuan.result.predict import predict
 from tongkuan.result.verify import explain, verify
-from tongkuan.settings import DataSettings
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def world(data: Path, model: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
     own, copied, submit = tmp_path / "data", tmp_path / "model.safetensors", tmp_path / "submit"
     shutil.copytree(data, own)
     shutil.copy(model, copied)
-    predict(own, "test", copied, submit, DataSettings(encode_batch=7), "bf16", 0.125)
+    predict(own, "test", copied, submit, 7, "bf16", 0.125)
     return submit, own, copied
 
 

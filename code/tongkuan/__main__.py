@@ -35,9 +35,9 @@ def run_train(arguments: Arguments) -> None:
     run_dir = arguments.run or Path("runs") / Path(arguments.preset).stem
     settings = load_settings(arguments.preset, arguments.overrides)
     if arguments.dry_run:
-        from tongkuan.dryrun import plan_training
+        from tongkuan.dryrun import dry_run_training
 
-        plan_training(settings, arguments.data, run_dir)
+        dry_run_training(settings, arguments.data, run_dir)
         return
     from tongkuan.learn.train import train
 
@@ -56,14 +56,12 @@ def run_weights(arguments: Arguments) -> None:
 
 def run_evaluate(arguments: Arguments) -> None:
     from tongkuan.result.evaluate import evaluate
-    from tongkuan.settings import DataSettings
 
-    settings = DataSettings(encode_batch=arguments.encode_batch)
     evaluate(
         arguments.data,
         arguments.split,
         arguments.model,
-        settings,
+        arguments.encode_batch,
         arguments.precision,
         arguments.threshold,
         arguments.cache,
@@ -72,20 +70,20 @@ def run_evaluate(arguments: Arguments) -> None:
 
 def run_predict(arguments: Arguments) -> None:
     from tongkuan.result.predict import predict
-    from tongkuan.settings import DataSettings
 
-    settings = DataSettings(encode_batch=arguments.encode_batch)
     if arguments.dry_run:
-        from tongkuan.dryrun import plan_prediction
+        from tongkuan.dryrun import dry_run_prediction
 
-        plan_prediction(arguments.data, arguments.split, arguments.model, settings, arguments.precision)
+        dry_run_prediction(
+            arguments.data, arguments.split, arguments.model, arguments.encode_batch, arguments.precision
+        )
         return
     predict(
         arguments.data,
         arguments.split,
         arguments.model,
         arguments.submit,
-        settings,
+        arguments.encode_batch,
         arguments.precision,
         arguments.threshold,
         arguments.cache,
@@ -315,9 +313,9 @@ def num_ranks(asked: int | None) -> int:
     if is_own_rank():
         return 1
     place = find_place()
-    if place.count > 1:
+    if place.world_size > 1:
         if asked is not None:
-            group = f"the environment's WORLD_SIZE={place.count} would join ranks that others start"
+            group = f"the environment's WORLD_SIZE={place.world_size} would join ranks that others start"
             raise UserError(f"--nproc {asked} starts ranks of its own, {group}; leave out --nproc, or {alone()}")
         if place.local_rank == 0:
             say(f"tongkuan: {awaited(place)}")

@@ -14,24 +14,18 @@ import torch
 from tqdm import tqdm
 
 from tongkuan.base.machine import available_cores
-from tongkuan.encode.encode import Embeddings, batch_size, distinct_items, encode, settle
-from tongkuan.encode.store import ItemStore, open_store
-from tongkuan.learn.memory import describe_memory, mebibytes
-from tongkuan.learn.train import Learner, Loaded, check_batch, load_parts, load_task
-from tongkuan.model.modelfile import Run, load_model
-from tongkuan.model.towers import TwoTowers, build, checkpoint_activations
-from tongkuan.ranks.group import Ranks, ranks
-from tongkuan.records.items import (
-    Pair,
-    components,
-    format_embedding,
-    item_file,
-    pair_file,
-    prediction_row,
-    read_items,
-    read_pairs,
-)
-from tongkuan.result.evaluate import labels_of
+from tongkuan.encode.encode import Embeddings, batch_size, distinct_items, encode, prepare, slow_precision
+from tongkuan.encode.inference import open_inference
+from tongkuan.encode.store import ItemStore
+from tongkuan.learn.dataloader import Loaded, load_parts
+from tongkuan.learn.run import Run
+from tongkuan.learn.step import TrainStep
+from tongkuan.learn.train import open_training
+from tongkuan.model.towers import TwoTowers
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import Pair, components
+from tongkuan.records.labels import labels_of
+from tongkuan.records.result import format_embedding, prediction_row
 from tongkuan.settings import DataSettings, Precision, Settings
 
 NEXT = "next: the same command without --dry-run"
@@ -39,29 +33,16 @@ PROBE_STEPS = 5
 PROBE_BATCHES = 5  # a core or a GPU
 
 
-def plan_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
+def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     """Print what `train` with these settings would do. UserError as train's."""
-    task, options = load_task(settings, data_dir), settings.train
-    with ranks() as fellows:
-        check_batch(options, fellows)
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        torch.manual_seed(options.seed)
-        model = build(settings.model, task.card.text_config, pretrained=True).to(fellows.device)
-        if options.checkpoint_activations:
-            checkpoint_activations(model)
-        learner = Learner(model, settings, fellows)
-        lines = [
-            describe_pairs("train", task.train_pairs, task.train_store),
-            describe_pairs("valid", task.valid_pairs, task.valid_store),
-            *(task.train_store.coverage() if fellows.is_first else ()),
-            describe_memory(model, learner.optimizer, settings, fellows) if fellows.is_first else "",
-        ]
-        done = Run(run_dir, settings, fellows).resume(model, learner.optimizer, learner.scaler)
-        step_seconds = probe_steps(learner, load_parts(task, settings, fellows, done), done, fellows)
+    options = settings.train
+    with open_training(settings, data_dir) as (task, model, ranks):
+        step = TrainStep(model, settings, ranks)
+        done = Run(run_dir, settings, ranks).resume(model, step.optimizer, step.scaler)
+        step_seconds = probe_steps(step, load_parts(task, settings, ranks, done), done, ranks)
         item_ids = distinct_items(task.valid_pairs)
-        _, item_seconds = probe_items(model, task.valid_store, item_ids, settings.data, fellows, options.precision)
-    if not fellows.is_first:
+        _, item_seconds = probe_items(model, task.valid_store, item_ids, settings.data, ranks, options.precision)
+    if not ranks.is_first:
         return
     left = options.steps - done
     epochs = options.steps * options.pairs / len(task.train_pairs)
@@ -70,8 +51,13 @@ def plan_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     )
     validation = item_seconds * len(item_ids)
     start = f"{run_dir} goes on after step {done:,}: " if done else ""
-    lines += [
-        f"steps: {start}{left:,} of {options.pairs} pairs; ranks {fellows.count}; each pair is met {epochs:.3g} times",
+    met = f"each pair is met {epochs:.3g} times"
+    lines = [
+        describe_pairs("train", task.train_pairs, task.train_store),
+        describe_pairs("valid", task.valid_pairs, task.valid_store),
+        *task.train_store.coverage(),
+        f"{describe_peak(ranks.device)} in {PROBE_STEPS} steps and a validation's batches",
+        f"steps: {start}{left:,} of {options.pairs} pairs; ranks {ranks.world_size}; {met}",
         f"time: {duration(left * step_seconds + validations * validation)}: {step_seconds:.3g} s a step, "
         f"{validations} validations of {validation:.3g} s; from a probe of {PROBE_STEPS} steps",
         *task.notes,
@@ -79,33 +65,29 @@ def plan_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     print("\n".join([*lines, NEXT]))
 
 
-def plan_prediction(data_dir: Path, split: str, model_path: Path, settings: DataSettings, precision: Precision) -> None:
+def dry_run_prediction(
+    data_dir: Path, split: str, model_path: Path, encode_batch: int | None, precision: Precision
+) -> None:
     """Print what `predict` would do. UserError as predict's."""
-    model, card = load_model(model_path)
-    items_path = item_file(data_dir, split)
-    items = read_items(items_path)
-    pairs = read_pairs(pair_file(data_dir, split), items, labels="optional", items_path=items_path)
-    store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
-    item_ids = distinct_items(pairs)
-    with ranks() as fellows:
-        warning = settle(model, fellows.device, precision)
-        embeddings, item_seconds = probe_items(model, store, item_ids, settings, fellows, precision)
-    if not fellows.is_first:
+    with open_inference(data_dir, split, model_path, precision, encode_batch) as run:
+        pairs, card, item_ids = run.pairs, run.card, run.item_ids
+        prepare(run.model, run.ranks.device, precision)
+        embeddings, item_seconds = probe_items(run.model, run.store, item_ids, run.settings, run.ranks, precision)
+    if not run.ranks.is_first:
         return
     text = float(np.mean([len(format_embedding(numbers)) for numbers in embeddings.values()]))
     bare = float(np.mean([len(prediction_row(p.left, b"", p.right, b"", card.threshold)) for p in pairs[:1000]]))
     size = len(pairs) * (bare + 2 * text)
     held = len(item_ids) * (8 * card.settings.embedding_size + text)
     lines = [
-        describe_pairs(split, pairs, store),
-        *store.coverage(),
-        f"memory of a rank in MiB: {mebibytes(peak_bytes(fellows.device))} at its peak in the probe, "
-        f"{mebibytes(int(held))} more for embeddings and rows",
+        describe_pairs(split, pairs, run.store),
+        *run.store.coverage(),
+        f"{describe_peak(run.ranks.device)} in the probe, {mebibytes(int(held))} more for embeddings and rows",
         f"time: {duration(item_seconds * len(item_ids))} to encode: {1000 * item_seconds:.3g} ms an item; from a probe "
         f"of {len(embeddings)} items",
         f"result: {len(pairs):,} rows, {tqdm.format_sizeof(size, 'B')}",
     ]
-    print("\n".join([*lines, *filter(None, [warning]), NEXT]))
+    print("\n".join([*lines, *filter(None, [slow_precision(run.ranks.device, precision)]), NEXT]))
 
 
 def describe_pairs(split: str, pairs: Sequence[Pair], store: ItemStore) -> str:
@@ -123,14 +105,14 @@ def describe_pairs(split: str, pairs: Sequence[Pair], store: ItemStore) -> str:
     )
 
 
-def probe_steps(learner: Learner, loaded: Generator[Loaded], first_step: int, fellows: Ranks) -> float:
+def probe_steps(train_step: TrainStep, loaded: Generator[Loaded], first_step: int, ranks: Ranks) -> float:
     """Seconds a training step: the median of PROBE_STEPS but the first, which warms up; 0 when no step is left."""
-    count, seconds = min(PROBE_STEPS, learner.settings.train.steps - first_step), []
-    learner.model.train()
-    with closing(loaded), tqdm(total=count, desc="probe", unit="step", disable=quiet(fellows)) as progress:
+    count, seconds = min(PROBE_STEPS, train_step.settings.train.steps - first_step), []
+    train_step.model.train()
+    with closing(loaded), tqdm(total=count, desc="probe", unit="step", disable=quiet(ranks)) as progress:
         for step in range(first_step, first_step + count):
             started = time.perf_counter()
-            loss, _ = learner.step(step, loaded)
+            loss, _ = train_step.take(step, loaded)
             float(loss)  # waits for the device
             seconds.append(time.perf_counter() - started)
             progress.update()
@@ -142,23 +124,34 @@ def probe_items(
     store: ItemStore,
     item_ids: Sequence[str],
     settings: DataSettings,
-    fellows: Ranks,
+    ranks: Ranks,
     precision: Precision,
 ) -> tuple[dict[str, Embeddings], float]:
     """Embeddings of items from all over, and the seconds that an item took, reading it included."""
-    lanes = 1 if fellows.device.type == "cuda" else available_cores()
-    size = batch_size(settings, store.settings, fellows.device) * lanes * fellows.count
+    lanes = 1 if ranks.device.type == "cuda" else available_cores()
+    size = batch_size(settings, store.settings, ranks.device) * lanes * ranks.world_size
     chosen = list(item_ids[:: max(1, len(item_ids) // (PROBE_BATCHES * size))])[: PROBE_BATCHES * size]
     model.eval()
-    encode(model, store, chosen[-size:], settings, fellows, precision, "warm up")
+    encode(model, store, chosen[-size:], settings, ranks, precision, "warm up")
     started = time.perf_counter()
-    embeddings = encode(model, store, chosen, settings, fellows, precision, "probe")
+    embeddings = encode(model, store, chosen, settings, ranks, precision, "probe")
     return embeddings, (time.perf_counter() - started) / len(chosen)
 
 
-def quiet(fellows: Ranks) -> bool | None:
+def quiet(ranks: Ranks) -> bool | None:
     """tqdm's `disable`: on the first rank as the terminal has it."""
-    return None if fellows.is_first else True
+    return None if ranks.is_first else True
+
+
+def describe_peak(device: torch.device) -> str:
+    """The most memory that this process has had."""
+    return f"memory of a rank in MiB: {mebibytes(peak_bytes(device))} at its peak"
+
+
+def mebibytes(size: int) -> str:
+    """In the unit of nvidia-smi; small ones with a decimal."""
+    number = size / 2**20
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -125,12 +125,12 @@ def link_item(links: Links, split: str, item: Item, matches: Matches) -> Picture
 def absent_row(split: str, item: Item, match: Match) -> Picture:
     """The ledger's row of a name that no file was taken for."""
     row = Picture(split, item.image_name, None, status="ambiguous" if match.rivals else "missing")
-    row.add_detail(f"may be {told_rivals(match, split)}" if match.rivals else match.detail or "no such file")
+    row.add_detail(f"may be {rivals_text(match, split)}" if match.rivals else match.detail or "no such file")
     row.add_detail(f"named by item {item.item_id}" + (f" as {item.image_name}" if "/" in item.image_name else ""))
     return row
 
 
-def told_rivals(match: Match, split: str) -> str:
+def rivals_text(match: Match, split: str) -> str:
     """The first two of the files between which nothing decides, with the split of those of another."""
     paths = [picture.path if picture.split == split else f"{picture.split}/{picture.path}" for picture in match.rivals]
     more = f" ({len(paths) - 2} more)" if len(paths) > 2 else ""
@@ -140,7 +140,7 @@ def told_rivals(match: Match, split: str) -> str:
 def lose_match(links: Links, split: str, item: Item, match: Match) -> None:
     """Count an item whose name leads to no file, or to several."""
     if match.rivals:
-        rivals = clip(told_rivals(match, split), 2 * LONGEST_NAME)[1:-1]
+        rivals = clip(rivals_text(match, split), 2 * LONGEST_NAME)[1:-1]
         advice = "write the whole path from the pictures' folder, suffix included, into item_image_name"
         if match.is_by_tail or any(picture.split != split for picture in match.rivals):
             advice = f"add the file to the pictures of {split}, or mend its item_image_name"
@@ -163,7 +163,7 @@ def lose_unreadable(links: Links, split: str, item: Item, picture: Picture) -> N
     links.lose(f"unreadable: {cause}", split, item, "", advice)
 
 
-def told_losses(links: Links) -> list[str]:
+def loss_lines(links: Links) -> list[str]:
     """Lines for the screen; none when every name led to a picture of its own split."""
     causes = links.commonest()
     shown = causes if len(causes) <= MAX_CAUSES else causes[: MAX_CAUSES - 1]
@@ -174,7 +174,7 @@ def told_losses(links: Links) -> list[str]:
     return lines
 
 
-def told_names(pictures: list[Picture]) -> str:
+def names_found(pictures: list[Picture]) -> str:
     """What the pictures that are there are called."""
     if not pictures:
         return "; there is none at all"

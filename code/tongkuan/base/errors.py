@@ -16,22 +16,22 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")  # as torch, CUDA and its libraries say it
 
 
-class ToldError(Exception):
+class ReportedError(Exception):
     """An error whose text is all that the user needs: a line an argument, whatever file names stand in it."""
 
     def __str__(self) -> str:
         return "\n".join(one_line(str(line)) for line in self.args)
 
 
-class UserError(ToldError):
+class UserError(ReportedError):
     """Something the user can mend. Its text is one line: file, line, what is wrong, what to do next. Exit code 2."""
 
 
-class FaultError(ToldError):
+class FailureError(ReportedError):
     """Something that went wrong on the way, whoever caused it. Its text is one line, as UserError's. Exit code 1."""
 
 
-class LostError(FaultError):
+class LostError(FailureError):
     """Another rank has ended and this one cannot go on: what ended that one is the cause."""
 
 

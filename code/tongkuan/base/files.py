@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tongkuan.base.errors import FaultError, UserError, no_room, unwritable
+from tongkuan.base.errors import FailureError, UserError, no_room, unwritable
 from tongkuan.base.terminal import say
 
 READ_BLOCK = 1 << 20  # bytes
@@ -35,7 +35,7 @@ def publish(path: Path, sync: bool = True) -> Iterator[IO[Any]]:
         file.flush()
         os.fchmod(file.fileno(), 0o644)
         if not is_at(Path(file.name), file.fileno()):
-            raise FaultError(f"{path}: replaced while it was written; let nothing else write there and run it again")
+            raise FailureError(f"{path}: replaced while it was written; let nothing else write there and run it again")
         if sync:
             os.fsync(file.fileno())
         Path(file.name).replace(path)

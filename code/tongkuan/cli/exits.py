@@ -8,7 +8,7 @@ import sys
 import traceback
 from contextlib import suppress
 
-from tongkuan.base.errors import NO_ROOM, FaultError, LostError, UserError, clip, is_out_of_memory, one_line
+from tongkuan.base.errors import NO_ROOM, FailureError, LostError, UserError, clip, is_out_of_memory, one_line
 from tongkuan.base.terminal import CLOSED_PIPE, readers_gone, redirect_to_nowhere, say
 from tongkuan.ranks.place import LOST, TELL, is_own_rank
 
@@ -55,7 +55,7 @@ def report_error(error: BaseException, verb: str) -> int:
 
 def describe(error: BaseException, verb: str) -> str:
     """An error as a line that says what to do; empty for a mistake of ours."""
-    if isinstance(error, UserError | FaultError):
+    if isinstance(error, UserError | FailureError):
         return str(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         advice = "files that were there before are whole; make room and run the same command again"

@@ -35,6 +35,7 @@ SOURCES = (
     "encode/cache",
     "encode/encode",
     "encode/store",
+    "model/encoders",
     "model/towers",
     "records/colours",
     "records/pictures",

@@ -47,16 +47,19 @@ def batch_size(settings: DataSettings, model: ModelSettings, device: torch.devic
     return min(32, max(1, CACHED_PIXELS // model.image.size**2))
 
 
-def settle(model: TwoTowers, device: torch.device, precision: Precision) -> str:
-    """Bring a model that is only to encode to its device and precision; a line of warning, or nothing."""
+def prepare(model: TwoTowers, device: torch.device, precision: Precision) -> None:
+    """Bring a model that is only to encode to its device and precision."""
     keep_freed_memory()
     if precision != "fp32":
         halve_weights(model, DTYPES[precision])
     model.to(device)
-    slow = (
-        "" if multiplies(precision, device) else f"this processor has no instructions for {precision}: fp32 is faster"
-    )
-    return f"{slow}; leave --precision out" if slow else ""
+
+
+def slow_precision(device: torch.device, precision: Precision) -> str:
+    """A line when a processor computes slower at a precision than at fp32, else nothing."""
+    if multiplies(precision, device):
+        return ""
+    return f"this processor has no instructions for {precision}: fp32 is faster; leave --precision out"
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -92,7 +95,7 @@ def encode(
     batches = length_batches(store, item_ids, batch_size(settings, store.settings, ranks.device))
     own = ranks.shard(batches)
     on_gpu = ranks.device.type == "cuda"
-    lanes = 1 if on_gpu else max(1, available_cores() // ranks.count)
+    lanes = 1 if on_gpu else max(1, available_cores() // ranks.world_size)
 
     def load(ids: list[str]) -> tuple[list[str], Batch | Embeddings]:
         if cache and (kept := cache.load(store, ids)) is not None:
@@ -118,7 +121,7 @@ def encode(
         loaded = prefetch(own, load, settings.workers)
         for ids, numbers in zip(own, prefetch(loaded, run, lanes), strict=True):
             found.update(zip(ids, numbers, strict=True))
-            progress.update(min(len(ids) * ranks.count, len(item_ids) - progress.n))
+            progress.update(min(len(ids) * ranks.world_size, len(item_ids) - progress.n))
     parts = ranks.gather((found, store.unreadable))
     store.unreadable = set().union(*(unreadable for _, unreadable in parts))
     merged = {item_id: row for part, _ in parts for item_id, row in part.items()}

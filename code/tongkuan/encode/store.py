@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,16 +14,14 @@ import numpy as np
 import orjson
 import torch
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import functional
 
 from tongkuan.base.errors import UserError
-from tongkuan.model.towers import locate, unreachable
 from tongkuan.records.attributes import coverage_lines, item_text
 from tongkuan.records.items import Item
 from tongkuan.records.pictures import SIDE, UnreadableError, prepared_side, read_image
-from tongkuan.settings import Augmentation, ImageEncoder, ModelSettings, TextEncoder
+from tongkuan.settings import ImageEncoder, ModelSettings
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -51,37 +49,6 @@ class Batch:
         """The same batch on a device."""
         tensors = (self.images, self.has_image, self.ids, self.mask)
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def character_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """One token a character, the most frequent first: for a text encoder that starts from nothing."""
-    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    counts = Counter(character for text in texts for character in normalizer.normalize_str(text))
-    ordered = sorted(counts, key=lambda character: (-counts[character], character))
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ordered]
-    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    return tokenizer
-
-
-def build_tokenizer(settings: TextEncoder, texts: Iterable[str]) -> Tokenizer:
-    """The encoder's own fast tokenizer; for a random encoder, characters of the training texts."""
-    kind, place = locate(settings.weights)
-    if kind == "random":
-        return character_tokenizer(texts)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False).backend_tokenizer
-    except Exception as error:  # as in model.build_text
-        raise unreachable(place, error) from error
-    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +190,7 @@ class ItemStore:
             return []
         return coverage_lines(self.items.values(), self.settings.attribute_keys, self.settings.attributes)
 
-    def complaint(self) -> str:
+    def warning(self) -> str:
         """One line on pictures that count as blank, empty when there are none."""
         if not self.unreadable:
             return ""
@@ -256,45 +223,3 @@ def prefetch(jobs: Iterable[T], work: Callable[[T], U], workers: int) -> Generat
         finally:
             for future in waiting:
                 future.cancel()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation
-
-
-def augment(
-    images: Tensor,
-    mask: Tensor,
-    settings: Augmentation,
-    seed: int,
-    step: int,
-    rows: Sequence[int],
-    batch: int,
-    max_tokens: int,
-) -> tuple[Tensor, Tensor]:
-    """Changed images (N, 3, S, S) and mask (N, T) of the items `rows` of a global batch of `batch` items.
-
-    What happens to a row depends on seed, step and its place in the global batch alone: not on ranks, nor on how far
-    its part is padded (T is max_tokens at most), nor on whether the run was interrupted.
-    """
-    draws = np.random.default_rng((seed, step, 1)).random((batch, 8), dtype=np.float32)[list(rows)]
-    chance = torch.from_numpy(draws).to(images.device)
-    if settings.crop or settings.flip:
-        scale = 1 - settings.crop * chance[:, 0:2]
-        shift = (1 - scale) * (2 * chance[:, 2:4] - 1)
-        mirror = torch.where(chance[:, 4] < settings.flip, -1.0, 1.0)
-        theta = torch.zeros(len(rows), 2, 3, device=images.device)
-        theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale[:, 0] * mirror, scale[:, 1], shift
-        grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
-        images = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    if settings.color:
-        change = settings.color * (2 * chance[:, 5:7] - 1)
-        images = images * (1 + change[:, 0, None, None, None]) + change[:, 1, None, None, None]
-    if settings.drop_image:
-        images = images * (chance[:, 7] >= settings.drop_image).view(-1, 1, 1, 1)
-    if settings.drop_text:
-        draws = np.random.default_rng((seed, step, 2)).random((batch, max_tokens - 1), dtype=np.float32)
-        keep = draws[list(rows), : mask.shape[1] - 1] >= settings.drop_text
-        kept = torch.from_numpy(keep).to(mask.device)
-        mask = torch.cat([mask[:, :1], mask[:, 1:] * kept], dim=1)  # [CLS] stays: its output is the text
-    return images, mask

@@ -14,8 +14,9 @@ import numpy as np
 from tongkuan.base.errors import UserError, clip, entrypoint, missing
 from tongkuan.base.metrics import Labels, Scores, quality_at
 from tongkuan.judge.guard import run_similarity
-from tongkuan.records.items import Pair, Prediction, read_pairs, read_predictions
+from tongkuan.records.items import Pair, read_pairs
 from tongkuan.records.labels import contradiction_note
+from tongkuan.records.result import Prediction, read_predictions
 
 CONTRADICTION_ADVICE = "each is scored by its own label: delete such lines and predict again"
 

@@ -12,7 +12,7 @@ from tongkuan.records.items import Pair, components
 from tongkuan.settings import TrainSettings
 
 
-class BatchDraw:
+class BatchSampler:
     """Which pairs a step learns from: epochs in seeded orders, end to end, nothing left out."""
 
     def __init__(self, pairs: Sequence[Pair], settings: TrainSettings) -> None:
@@ -71,17 +71,17 @@ class Part:
     """First place of each item among the 2 x pairs sides of the global batch: what augmentation goes by."""
 
 
-def parts(pairs: Sequence[Pair], settings: TrainSettings, fellows: Ranks, first_step: int) -> Iterator[Part]:
+def parts(pairs: Sequence[Pair], settings: TrainSettings, ranks: Ranks, first_step: int) -> Iterator[Part]:
     """Every forward of this rank from `first_step` on, `accumulate` of them a step."""
-    size = settings.pairs // (fellows.count * settings.accumulate)
-    draw = BatchDraw(pairs, settings)
+    size = settings.pairs // (ranks.world_size * settings.accumulate)
+    draw = BatchSampler(pairs, settings)
     for step in range(first_step, settings.steps):
         chosen = draw.batch(step)
         first_place: dict[str, int] = {}
         for place, item_id in enumerate([pair.left for pair in chosen] + [pair.right for pair in chosen]):
             first_place.setdefault(item_id, place)
         for number in range(settings.accumulate):
-            start = (fellows.rank * settings.accumulate + number) * size
+            start = (ranks.rank * settings.accumulate + number) * size
             own = chosen[start : start + size]
             item_ids = distinct_items(own)
             place_of = {item_id: place for place, item_id in enumerate(item_ids)}

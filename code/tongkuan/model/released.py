@@ -24,9 +24,9 @@ from torch import Tensor
 
 from tongkuan.base.errors import UserError, entrypoint, missing
 from tongkuan.base.files import READ_BLOCK, check_target, sha256_of, temporary_file
-from tongkuan.encode.store import build_tokenizer
+from tongkuan.model.encoders import WEIGHTS_DIR, build_image, build_tokenizer, download, fetch, locate, text_config_of
 from tongkuan.model.modelfile import MODEL_KEY, ModelCard, kind_of, packing, stream_model
-from tongkuan.model.towers import WEIGHTS_DIR, TwoTowers, build, build_image, download, fetch, locate, text_config_of
+from tongkuan.model.towers import TwoTowers, build
 from tongkuan.model.wrappings import unwrap
 from tongkuan.settings import ModelSettings, TextEncoder, load_settings
 

@@ -13,34 +13,33 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from tongkuan.base.machine import available_cores
 from tongkuan.base.terminal import CLOSED_PIPE, say
-from tongkuan.ranks.group import GO_ON, STOPPING, seconds_of
-from tongkuan.ranks.place import LAUNCHER, LOST, TELL
+from tongkuan.ranks.place import GO_ON, LAUNCHER, LOST, STOPPING, TELL, seconds_of
 
 LEAVE_SECONDS = 2  # beyond TONGKUAN_STOP_SECONDS, after which ranks that were asked to stop are ended
 # By exit code, which is negative where no handler of Python's was there yet.
 STOPPED = {code: number for number in STOPPING for code in (128 + number, -number)}
 
 
-def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `python -m tongkuan ARGUMENTS` on `count` ranks of this machine; the exit code of the whole.
+def launch(world_size: int, arguments: Sequence[str]) -> int:
+    """Run `python -m tongkuan ARGUMENTS` on `world_size` ranks of this machine; the exit code of the whole.
 
     When a rank fails, the others are ended and stderr says why in a line. SIGTERM and SIGINT are passed on to all.
     """
     # Not torchrun's engine: on a second signal it leaves its ranks behind.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
-        "OMP_NUM_THREADS": str(max(1, available_cores() // count)),
+        "OMP_NUM_THREADS": str(max(1, available_cores() // world_size)),
         "GLOO_SOCKET_IFNAME": "lo",  # a container without network cannot look up its own name
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for: the launcher serves it
         LAUNCHER: str(os.getpid()),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
     }
     with Fleet() as fleet:
-        for rank in range(count):
+        for rank in range(world_size):
             fleet.start(rank, [sys.executable, "-m", "tongkuan", *arguments], shared)
         return fleet.watch()
 

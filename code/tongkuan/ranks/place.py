@@ -4,6 +4,7 @@ A cluster sets these variables in every shell of a job, also where nobody has la
 """
 
 import os
+import signal
 from dataclasses import dataclass
 
 from tongkuan.base.errors import UserError, clip
@@ -13,6 +14,13 @@ MOST_RANKS = 100_000
 # Set by our own launcher for its ranks: its process id, and the descriptor on which a rank tells what ended it.
 LAUNCHER, TELL = "TONGKUAN_LAUNCHER", "TONGKUAN_TELL"
 LOST = 3  # what a rank tells it instead of exit code 1 when all that it knows is that another one has gone
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+GO_ON = "the same command goes on from the last checkpoint"
+# Seconds, each to be changed by an environment variable of this name.
+SECONDS = {
+    "TONGKUAN_STUCK_SECONDS": 1800.0,  # of a collective; real-size validation takes minutes, a lost rank for ever
+    "TONGKUAN_STOP_SECONDS": 8.0,  # from a request to stop until the step must be saved; `docker stop` waits for 10
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +28,7 @@ class Place:
     """This process among the ranks of its group; alone when there are no others."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0
     """Among the ranks of this machine: which GPU it takes."""
     has_launcher: bool = False
@@ -43,16 +51,18 @@ def find_place() -> Place:
             return Place()
         name = (ranks or ["RANK"])[0]
         raise UserError(f"{name}={clip(given[name])[1:-1]} is set and WORLD_SIZE is not; set it too, or {alone()}")
-    count = whole(given, "WORLD_SIZE", 1, MOST_RANKS)
-    if count > 1 and (missing := [name for name in VARIABLES if name != "LOCAL_RANK" and name not in given]):
-        raise UserError(f"WORLD_SIZE={count} is set and {', '.join(missing)} not; set what is missing, or {alone()}")
+    world_size = whole(given, "WORLD_SIZE", 1, MOST_RANKS)
+    if world_size > 1 and (missing := [name for name in VARIABLES if name != "LOCAL_RANK" and name not in given]):
+        raise UserError(
+            f"WORLD_SIZE={world_size} is set and {', '.join(missing)} not; set what is missing, or {alone()}"
+        )
     return Place(
-        whole(given, "RANK", 0, count - 1),
-        count,
-        whole(given, "LOCAL_RANK", 0, count - 1),
+        whole(given, "RANK", 0, world_size - 1),
+        world_size,
+        whole(given, "LOCAL_RANK", 0, world_size - 1),
         "LOCAL_RANK" in given,
         given.get("MASTER_ADDR", ""),
-        whole(given, "MASTER_PORT", 1, 65_535) if count > 1 else 0,
+        whole(given, "MASTER_PORT", 1, 65_535) if world_size > 1 else 0,
     )
 
 
@@ -75,11 +85,11 @@ def alone() -> str:
 
 def awaited(place: Place) -> str:
     """Whom a rank waits for, and where."""
-    others = [str(rank) for rank in range(min(place.count, 10)) if rank != place.rank]
-    more = f" and {place.count - 10} more" if place.count > 10 else ""
+    others = [str(rank) for rank in range(min(place.world_size, 10)) if rank != place.rank]
+    more = f" and {place.world_size - 10} more" if place.world_size > 10 else ""
     return (
-        f"rank {place.rank} of WORLD_SIZE={place.count}, as the environment has it: meets rank{'s'[: len(others) > 1]} "
-        f"{', '.join(others)}{more} at {clip(place.address)[1:-1]}:{place.port}; {alone()}"
+        f"rank {place.rank} of WORLD_SIZE={place.world_size}, as the environment has it: meets "
+        f"rank{'s'[: len(others) > 1]} {', '.join(others)}{more} at {clip(place.address)[1:-1]}:{place.port}; {alone()}"
     )
 
 
@@ -87,3 +97,15 @@ def forget() -> None:
     """Take the group out of the environment, for a verb that runs no ranks or only such as it starts itself."""
     for name in VARIABLES:
         os.environ.pop(name, None)
+
+
+def seconds_of(name: str) -> float:
+    """One of SECONDS, as the environment has it. UserError when that is no positive number."""
+    text = os.environ.get(name, "")
+    try:
+        seconds = float(text) if text else SECONDS[name]
+        if not 0 < seconds < 1e9:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{name}={text}: not a positive number of seconds; change it or leave it out") from None
+    return seconds

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tongkuan.base.errors import clip
 from tongkuan.records.items import Pair
 from tongkuan.records.rows import read_rows
@@ -53,3 +56,8 @@ def contradiction_note(path: Path, pairs: Sequence[Pair], advice: str = ADVICE) 
         f"note: {path}:{number}: {what}; pairs that contradict themselves or others: {len(found):,}, used as they "
         f"stand; {advice}"
     )
+
+
+def labels_of(pairs: Sequence[Pair]) -> NDArray[np.int64]:
+    """int64 (N,) of labelled pairs."""
+    return np.array([pair.label for pair in pairs], dtype=np.int64)

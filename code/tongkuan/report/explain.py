@@ -16,17 +16,16 @@ from tokenizers import Tokenizer
 
 from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.base.files import check_writable, publish, sha256_of
-from tongkuan.encode.encode import Embeddings, encode, settle
-from tongkuan.encode.store import ItemStore, open_store
-from tongkuan.model.modelfile import load_model
+from tongkuan.encode.encode import Embeddings, slow_precision
+from tongkuan.encode.inference import open_inference
+from tongkuan.encode.store import ItemStore
 from tongkuan.model.towers import pair_scores
-from tongkuan.ranks.group import ranks
 from tongkuan.records.attributes import attributes_of, item_text, normalise
-from tongkuan.records.items import Item, Pair, item_file, pair_file, read_items, read_pairs
+from tongkuan.records.items import Item, Pair, read_pairs
 from tongkuan.records.rows import is_given
 from tongkuan.report.explained import Effect, Explanation, Patches, render_explanation
 from tongkuan.report.views import Pictures
-from tongkuan.settings import DataSettings, ModelSettings, Precision
+from tongkuan.settings import ModelSettings, Precision
 
 WHOLE, PICTURE, TEXT, TITLE = "as it is", "picture", "title and attributes", "title"
 
@@ -89,22 +88,19 @@ def occlude(
     grid: int,
 ) -> tuple[Explanation, list[str]]:
     """Encode both listings whole and without each part; what came of it, and lines for the user."""
-    model, card = load_model(model_path)
-    settings = card.settings
-    if not 1 <= grid <= settings.image.size:
-        raise UserError(
-            f"--grid {grid}: name a number of patches from 1 to {settings.image.size}, the picture's pixels"
-        )
-    items_path = item_file(data_dir, split)
-    items = read_items(items_path)
-    pair = find_pair(pair_ids, items_path, items, pair_file(data_dir, split))
-    store = open_store(items, data_dir, settings, card.open_tokenizer(), cache_mb=0)
-    sides = [variants_of(store, items[item_id], grid) for item_id in (pair.left, pair.right)]
-    variants = {f"{side} {name}": variant for side, found in enumerate(sides) for name, variant in found.items()}
-    with ranks() as fellows:
-        warning = settle(model, fellows.device, precision)
-        shown = VariantStore(variants, settings, card.open_tokenizer())
-        numbers = encode(model, shown, list(variants), DataSettings(), fellows, precision, "explain")
+    with open_inference(
+        data_dir, split, model_path, precision, read=lambda *files: [find_pair(pair_ids, *files)]
+    ) as run:
+        items, settings, (pair,) = run.items, run.card.settings, run.pairs
+        if not 1 <= grid <= settings.image.size:
+            raise UserError(
+                f"--grid {grid}: name a number of patches from 1 to {settings.image.size}, the picture's pixels"
+            )
+        sides = [variants_of(run.store, items[item_id], grid) for item_id in (pair.left, pair.right)]
+        variants = {f"{side} {name}": variant for side, found in enumerate(sides) for name, variant in found.items()}
+        notes = [slow_precision(run.ranks.device, precision), run.store.warning()]
+        run.store, run.item_ids = VariantStore(variants, settings, run.card.open_tokenizer()), list(variants)
+        numbers = run.encode("explain")
     left, right = ({name: numbers[f"{side} {name}"] for name in found} for side, found in enumerate(sides))
     whole = (left[WHOLE], right[WHOLE])
     adaptive, commodity = (
@@ -118,7 +114,7 @@ def occlude(
         score=plain,
         commodity=float(commodity),
         adaptive=float(adaptive),
-        threshold=card.threshold if threshold is None else threshold,
+        threshold=run.card.threshold if threshold is None else threshold,
         effects=list(effects(left, right)),
         patches=(
             patches(sides[0], grid, {name: score(numbers, whole[1]) - plain for name, numbers in left.items()}),
@@ -132,12 +128,12 @@ def occlude(
             "listings encoded": f"{len(variants):,}",
         },
     )
-    return explanation, [*filter(None, (warning, store.complaint()))]
+    return explanation, [*filter(None, notes)]
 
 
-def find_pair(pair_ids: Sequence[str] | None, items_path: Path, items: Mapping[str, Item], pairs_path: Path) -> Pair:
+def find_pair(pair_ids: Sequence[str] | None, path: Path, items: Mapping[str, Item], items_path: Path) -> Pair:
     """The pair, with its label when the split's file has it, whichever way round."""
-    pairs = read_pairs(pairs_path, labels="optional") if pair_ids is None or is_given(pairs_path) else []
+    pairs = read_pairs(path, labels="optional") if pair_ids is None or is_given(path) else []
     left, right = pair_ids or (pairs[0].left, pairs[0].right)
     for item_id in (left, right):
         if item_id not in items:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from tongkuan.base.errors import UserError, missing, nearest
 from tongkuan.base.metrics import Labels, Scores
 from tongkuan.judge.check import judged
-from tongkuan.records.items import Item, Pair, item_file, read_items, read_predictions
+from tongkuan.records.items import Item, Pair, item_file, read_items
+from tongkuan.records.result import read_predictions
 from tongkuan.records.rows import is_given
 
 # How far q.q - p.p may be from the score, in shares of the largest, and still count as the two towers' score.

@@ -3,69 +3,45 @@
 `./entrypoint.sh evaluate --data data --split valid --model weights/model.safetensors`
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tongkuan.base.errors import entrypoint
-from tongkuan.base.files import check_writable
 from tongkuan.base.metrics import Labels, Scores, best_threshold, intervals, quality_at
-from tongkuan.encode.cache import open_cache
-from tongkuan.encode.encode import distinct_items, encode, scores_of, settle
-from tongkuan.encode.store import open_store
-from tongkuan.model.modelfile import load_model
-from tongkuan.ranks.group import ranks
-from tongkuan.records.items import Pair, item_file, pair_file, read_items, read_pairs
-from tongkuan.records.labels import contradiction_note
-from tongkuan.settings import DataSettings, Precision
-
-
-def labels_of(pairs: Sequence[Pair]) -> Labels:
-    """int64 (N,) of labelled pairs."""
-    return np.array([pair.label for pair in pairs], dtype=np.int64)
+from tongkuan.encode.encode import scores_of, slow_precision
+from tongkuan.encode.inference import open_inference, read_labelled_pairs
+from tongkuan.records.items import pair_file
+from tongkuan.records.labels import contradiction_note, labels_of
+from tongkuan.settings import Precision
 
 
 def evaluate(
     data_dir: Path,
     split: str,
     model_path: Path,
-    settings: DataSettings,
+    encode_batch: int | None,
     precision: Precision,
     threshold: float | None,
     cache_dir: Path | None = None,
 ) -> None:
     """Print the table."""
-    if cache_dir is not None:
-        check_writable(cache_dir)
-    model, card = load_model(model_path)
-    items_path = item_file(data_dir, split)
-    items = read_items(items_path)
-    pairs = read_pairs(pair_file(data_dir, split), items, items_path=items_path)
-    store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)
-    with ranks() as fellows:
-        cache = open_cache(cache_dir, model_path, precision, fellows.device)
-        item_ids = distinct_items(pairs)
-        exact = None
-        if precision != "fp32":  # before the weights are halved
-            exact_cache = open_cache(cache_dir, model_path, "fp32", fellows.device)
-            settle(model, fellows.device, "fp32")
-            exact = encode(model, store, item_ids, settings, fellows, "fp32", "fp32", exact_cache)
-        warning = settle(model, fellows.device, precision)
-        embeddings = encode(model, store, item_ids, settings, fellows, precision, cache=cache)
-        if not fellows.is_first:
-            return
-    chosen = card.threshold if threshold is None else threshold
-    print(f"{model_path} on {len(pairs)} pairs of {split}, {precision}")
-    scores = scores_of(pairs, embeddings)
-    print_qualities(scores, labels_of(pairs), {"as trained": 0.0, "chosen": chosen})
+    reader = read_labelled_pairs
+    with open_inference(data_dir, split, model_path, precision, encode_batch, cache_dir, reader) as run:
+        exact = run.encode("fp32", "fp32") if precision != "fp32" else None
+        embeddings = run.encode("encode")
+    if not run.ranks.is_first:
+        return
+    chosen = run.card.threshold if threshold is None else threshold
+    print(f"{model_path} on {len(run.pairs)} pairs of {split}, {precision}")
+    scores = scores_of(run.pairs, embeddings)
+    print_qualities(scores, labels_of(run.pairs), {"as trained": 0.0, "chosen": chosen})
     if exact is not None:
-        print(differences(scores, scores_of(pairs, exact), chosen, precision))
-    for line in (warning, contradiction_note(pair_file(data_dir, split), pairs)):
+        print(differences(scores, scores_of(run.pairs, exact), chosen, precision))
+    notes = (contradiction_note(pair_file(data_dir, split), run.pairs), run.store.warning())
+    for line in (slow_precision(run.ranks.device, precision), *notes):
         if line:
             print(line)
-    if complaint := store.complaint():
-        print(complaint)
     print(f"next: {entrypoint('predict', '--data', data_dir, '--model', model_path)}")
 
 

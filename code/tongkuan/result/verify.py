@@ -16,7 +16,7 @@ from tongkuan.base.files import sha256_of
 from tongkuan.records.items import item_file, pair_file
 from tongkuan.records.rows import given
 from tongkuan.result.predict import compute
-from tongkuan.settings import DataSettings, Precision
+from tongkuan.settings import Precision
 
 # In the order in which one explains the next; what is not named here does not decide the result.
 INPUTS = ("model", "items", "pairs", "images_sha256", "encode_batch", "precision", "threshold", "device", "processor")
@@ -42,9 +42,9 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
     for name, file in files.items():  # before hours of work; pictures are hashed on the way
         if file.is_file() and sha256_of(file) != manifest["sha256"][name]:
             raise UserError(f"{file}: another {name} file than the one of {path}; name or restore that one")
-    settings = DataSettings(encode_batch=manifest["encode_batch"])
+    recipe = (manifest[name] for name in ("encode_batch", "precision", "threshold"))
     with redirect_stdout(None):  # advice on how to predict is not of this one
-        found = compute(data_dir, manifest["split"], model_path, settings, manifest["precision"], manifest["threshold"])
+        found = compute(data_dir, manifest["split"], model_path, *recipe)
     if found is None:
         return
     digest = hashlib.sha256()

@@ -1,0 +1,123 @@
+"""One training step: the optimiser, its schedule, and what is done to a model with the pairs of a batch."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tongkuan.encode.encode import autocast
+from tongkuan.encode.store import Batch, normalised
+from tongkuan.learn.augment import augment
+from tongkuan.learn.batches import Part
+from tongkuan.learn.dataloader import Loaded
+from tongkuan.model.towers import TwoTowers, pair_logits
+from tongkuan.ranks.group import Ranks
+from tongkuan.settings import Augmentation, Settings, TrainSettings
+
+
+def learning_rate_at(step: int, peak: float, settings: TrainSettings) -> float:
+    """Cosine from `peak` at step 0 to final_learning_rate at the last, under a linear rise of warmup_steps."""
+    final = min(settings.final_learning_rate, peak)
+    cosine = final + (peak - final) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+    return cosine * min(1.0, (step + 1) / (settings.warmup_steps + 1))
+
+
+def make_optimizer(model: TwoTowers, settings: TrainSettings) -> torch.optim.Adam:
+    """Adam with text encoders, image encoders and linear layers in groups of their own."""
+    peaks = {
+        "text": settings.learning_rate,
+        "image": settings.image_learning_rate or settings.learning_rate,
+        "head": settings.head_learning_rate or settings.learning_rate,
+    }
+    groups = []
+    for part, peak in peaks.items():
+        modules = (getattr(tower, part) for tower in (model.threshold, model.commodity))
+        parameters = [p for module in modules if module is not None for p in module.parameters()]
+        if parameters:
+            groups.append({"params": parameters, "peak": peak})
+    return torch.optim.Adam(
+        groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+class TrainStep:
+    """Model, optimiser and scaler, and what one step does to them."""
+
+    def __init__(self, model: TwoTowers, settings: Settings, ranks: Ranks) -> None:
+        self.model, self.settings, self.device = model, settings, ranks.device
+        self.optimizer = make_optimizer(model, settings.train)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.train.precision == "fp16")
+        self.wrapped: nn.Module = model
+        if ranks.world_size > 1:
+            gpu = [ranks.device] if ranks.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(model, device_ids=gpu)
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        """Since when steps are counted, seconds that they have stood still for their input, and how many they are."""
+
+    def take(self, step: int, loaded: Iterator[Loaded]) -> tuple[Tensor, Tensor]:
+        """One optimiser step on the next `accumulate` parts: (this rank's mean loss, gradient norm before clipping)."""
+        options = self.settings.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, group["peak"], options)
+        self.optimizer.zero_grad(set_to_none=True)
+        mean_loss = torch.zeros((), device=self.device)
+        for number in range(options.accumulate):
+            started = time.perf_counter()
+            part, batch, labels = next(loaded)
+            self.waited += time.perf_counter() - started
+            with gradient_exchange(self.wrapped, is_last=number == options.accumulate - 1):
+                loss = self.part_loss(part, batch.to(self.device), labels) / options.accumulate
+                self.scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.steps += 1
+        return mean_loss, norm
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What happens inside is no step's time."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
+
+    def take_times(self) -> tuple[float, float]:
+        """(pairs a second, seconds a step stood still for its input) since the last question, 0 without a step.
+
+        By a clock of our own: without a terminal, the progress bar has none.
+        """
+        now = time.perf_counter()
+        speed = self.steps * self.settings.train.pairs / (now - self.started) if now > self.started else 0.0
+        wait = self.waited / max(1, self.steps)
+        self.started, self.waited, self.steps = now, 0.0, 0
+        return speed, wait
+
+    def part_loss(self, part: Part, batch: Batch, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of a part's pairs; all items go through the (wrapped) model in one forward."""
+        options = self.settings.train
+        # Indexing by a list, or copying without non_blocking, would have the host wait for the device.
+        left, right, classes = (
+            torch.as_tensor(numbers).to(self.device, non_blocking=True) for numbers in (part.left, part.right, labels)
+        )
+        images, mask = normalised(batch, self.settings.model.image), batch.mask
+        if options.augmentation != Augmentation():  # its draws are made on the host
+            place = (options.seed, part.step, part.rows, 2 * options.pairs, self.settings.model.text.max_tokens)
+            images, mask = augment(images, mask, options.augmentation, *place)
+        with autocast(self.device, options.precision):
+            embeddings = self.wrapped(images, batch.ids, mask)  # (items, 2D)
+        embeddings = embeddings.float()
+        return nn.functional.cross_entropy(pair_logits(embeddings[left], embeddings[right]), classes)
+
+
+def gradient_exchange(model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+    """Ranks exchange gradients once a step, in the backward of its last part."""
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return cast(AbstractContextManager[None], model.no_sync())
+    return nullcontext()
