@@ -84,16 +84,9 @@ def convert(sources: dict[str, Source], task: Task) -> Outcome:
         data, status, detail, width, height = squash(sources[split].read(key), size)
     except UnreadableError as error:
         return "unreadable", str(error), error.width, error.height
-    # Renamed, but not fsynced one by one as `publish` does (that is ten times slower on a disk): the ledger, written
-    # and fsynced last, is what makes a set valid. The temporary name is fixed, so a killed run leaves no litter behind.
-    temporary = f"{target}.part"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-    except OSError:  # a full disk
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    os.replace(temporary, target)  # noqa: PTH105 - a Path for each of 100,000 names is only slower
+    # To fsync each is ten times slower on a disk: the ledger, written and fsynced last, makes a set valid.
+    with publish(Path(target), sync=False) as file:
+        file.write(data)
     return status, detail, width, height
 
 

@@ -9,7 +9,6 @@ import io
 import itertools
 import math
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from data_scripts.made import Made, hash_of_files
 from data_scripts.sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
 from tongkuan.base.errors import entrypoint
-from tongkuan.base.files import check_writable, publish
+from tongkuan.base.files import alone, part_of, publish
 from tongkuan.records.items import Pair, item_file, pair_file, pair_row
 
 ITEMS_A_PRODUCT = (4, 6)  # from, to
@@ -285,7 +284,6 @@ def encode_picture(rng: Rng, listing: Listing) -> bytes:
 
 def write_catalogue(raw_dir: Path, catalogue: Catalogue, seed: int) -> int:
     """Publish every file of the catalogue into `raw_dir`; returns the number of pictures."""
-    check_writable(raw_dir)
     made = Made(raw_dir, "sample")
     made.check("item_*")
     publish_bytes(made, ANSWERS, b"".join(pair_row(pair) for pair in catalogue.pairs["test"]))
@@ -344,10 +342,12 @@ def publish_pictures(made: Made, split: str, pictures: dict[str, bytes]) -> None
 
 
 def publish_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """A folder appears whole too: written beside its place, then renamed into it."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    """A folder appears whole too: written beside its place, then renamed into it. For a process that is `alone`."""
+    temporary = part_of(folder)
+    if temporary.exists():  # what a killed run left
+        shutil.rmtree(temporary)
     try:
-        (temporary / "new").mkdir()
+        (temporary / "new").mkdir(parents=True)
         for name, content in files.items():
             (temporary / "new" / name).write_bytes(content)
         if folder.exists():
@@ -360,7 +360,8 @@ def publish_folder(folder: Path, files: dict[str, bytes]) -> None:
 def sample(raw_dir: Path, products: int, seed: int) -> str:
     """Make the catalogue in `raw_dir`; returns the closing lines. Raises UserError for what the user can mend."""
     catalogue = plan(products, seed)
-    num_pictures = write_catalogue(raw_dir, catalogue, seed)
+    with alone(raw_dir):
+        num_pictures = write_catalogue(raw_dir, catalogue, seed)
     items = "/".join(str(len(rows)) for rows in catalogue.listings.values())
     pairs = "/".join(str(len(pairs)) for pairs in catalogue.pairs.values())
     made = f"{raw_dir}: {products} products, {items} items, {pairs} pairs (train/valid/test), {num_pictures} pictures"

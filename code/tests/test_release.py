@@ -311,6 +311,7 @@ def test_parts_are_joined_and_a_gap_is_named(release: Release, tmp_path: Path) -
     parts = [release.path.with_name(f"release.pth.parta{letter}") for letter in "abc"]
     for number, part in enumerate(parts):
         part.write_bytes(content[number * third : (number + 1) * third if number < 2 else None])
+    (tmp_path / ".joined0.joined.part").write_bytes(b"what a killed run leaves")
     for number, name in enumerate((release.path, parts[0])):
         words = release.words(tmp_path / f"joined{number}")
         words[words.index("--model") + 1] = str(name)
