@@ -8,13 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
 
 from rich.cells import cell_len
 from tqdm import tqdm
 
 from tongkuan.base.errors import UserError, clip, missing
-from tongkuan.cli.command import DATA, Parser, Whole
 from tongkuan.records.attributes import DEFAULT_KEYS, TEN_KEYS, AttributeStyle, attributes_of, coverage_lines, normalise
 from tongkuan.records.items import SPLITS, Item, Pair, item_file, pair_file, read_items, read_pairs
 from tongkuan.records.rows import is_given
@@ -131,9 +129,9 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def attributes(folder: Path, splits: Sequence[str], top: int, style: AttributeStyle) -> str:
+def attributes(folder: Path, splits: Sequence[str] | None, top: int, style: AttributeStyle) -> str:
     """The table and the closing lines. Raises UserError when there is nothing to count."""
-    items, pairs = read_catalogue(folder, splits)
+    items, pairs = read_catalogue(folder, splits or ())
     counts = count_attributes(tqdm(items.values(), desc="items", unit="item", disable=None), style)
     keys = top_keys(counts, top)
     commonest = commonest_values(counts, keys)
@@ -165,23 +163,3 @@ def attributes(folder: Path, splits: Sequence[str], top: int, style: AttributeSt
             "next: set model.attribute_keys in a preset",
         ]
     )
-
-
-def parser() -> Parser:
-    """The verb's options."""
-    about = "Which attribute keys items have, and how well they tell products apart."
-    options = Parser("attributes", about, "./entrypoint.sh attributes --data runs/demo/data --top 5")
-    options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"what resize made (default {DATA})")
-    options.add_argument("--raw", type=Path, metavar="DIR", help="the organiser's files instead")
-    options.add_argument("--split", action="append", default=[], metavar="S", help="may be repeated (default: all)")
-    options.add_argument("--top", type=Whole(1, 4096), default=20, metavar="N", help="keys to show (default 20)")
-    styles = get_args(AttributeStyle)
-    options.add_argument("--attributes", choices=styles, default="quoted", help="how to read them (default quoted)")
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb. Raises UserError for what the user can mend."""
-    arguments = parser().parse_args(argv)
-    print(attributes(arguments.raw or arguments.data, arguments.split, arguments.top, arguments.attributes))
-    return 0

@@ -1,22 +1,11 @@
-"""Fetch the organiser's files, or take them from a folder. Cut short, the same command goes on.
-
-The organiser's links are signed and expire, so they are yours to bring: a line of FILE is
-a file, `#` begins a comment, and without NAME the last part of the URL's path counts.
-
-  NAME URL [size=BYTES] [sha256=HEX]
-
-Names: item_{train,valid,test}_info.jsonl, item_{...}_pair.jsonl, item_{...}_images.zip or
-its parts .zip.partaa, .zip.partab and so on, which are joined into the .zip.
-"""
+"""Fetch the organiser's files, or take them from a folder. `./entrypoint.sh download --help` has the list's form."""
 
 import difflib
-import fcntl
 import itertools
-import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +14,8 @@ import orjson
 from tqdm import tqdm
 
 from data_scripts.transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
-from tongkuan.base.errors import NO_ROOM, FailureError, UserError, entrypoint, unwritable
-from tongkuan.base.files import READ_BLOCK, check_apart, check_writable, sha256_of, sync_folder
-from tongkuan.cli.command import RAW, Parser
+from tongkuan.base.errors import UserError, entrypoint
+from tongkuan.base.files import READ_BLOCK, alone, check_apart, publish, rename, sha256_of
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
 NAME = re.compile(r"item_(train|valid|test)_(info\.jsonl|pair\.jsonl|images\.zip(\.part[a-z]{2})?)")
@@ -144,9 +132,8 @@ class Record:
         """Remember that `path` is whole."""
         status = path.stat()
         self.files[name] = {"size": status.st_size, "time_ns": status.st_mtime_ns, "sha256": sha256, **more}
-        temporary = Path(f"{self.path}.part")
-        temporary.write_bytes(orjson.dumps(self.files, option=orjson.OPT_INDENT_2))
-        rename(temporary, self.path)
+        with publish(self.path) as file:
+            file.write(orjson.dumps(self.files, option=orjson.OPT_INDENT_2))
 
     def is_ours(self, name: str) -> bool:
         """Whether the file there is one that was brought: the noted one, or the one that it was to replace."""
@@ -206,14 +193,6 @@ def begins_with(path: Path, start: Path) -> bool:
         return all(whole.read(len(block)) == block for block in iter(lambda: part.read(READ_BLOCK), b""))
 
 
-def rename(source: Path, target: Path) -> None:
-    """Rename for good: the bytes are on the disk before the name is."""
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
-    source.replace(target)
-    sync_folder(target.parent)
-
-
 def bring(wanted: Wanted, record: Record, patience: Patience) -> None:
     """Fetch or copy a file, check it, give it its name."""
     partial = Partial(record.raw_dir, wanted.name)
@@ -232,8 +211,8 @@ def bring(wanted: Wanted, record: Record, patience: Patience) -> None:
 
 def join(archive: str, record: Record) -> str:
     """Make one archive of its parts and delete them; returns what became of it. Raises UserError if one is missing."""
-    raw_dir, temporary = record.raw_dir, record.raw_dir / f".{archive}.join"
-    temporary.unlink(missing_ok=True)
+    raw_dir, partial = record.raw_dir, Partial(record.raw_dir, archive)
+    partial.discard()
     parts = sorted(name for name in record.files if archive_of(name) == archive and record.is_there(name))
     if not all(map(record.is_joined, parts)):  # else a call was killed while it deleted them
         paths = [raw_dir / part for part in parts]
@@ -242,44 +221,19 @@ def join(archive: str, record: Record) -> str:
             raise UserError(f"{raw_dir / archive}: {what}; add the parts that follow, or delete these, and {AGAIN}")
         if shutil.disk_usage(raw_dir).free < sum(path.stat().st_size for path in paths):
             return f"{archive} stays in parts for want of room, which resize can read"
-        with temporary.open("wb") as target:
+        with partial.path.open("wb") as target:
             for path in paths:
                 with path.open("rb") as source:
                     shutil.copyfileobj(source, target, READ_BLOCK)
-        record.publish(
-            temporary, archive, sha256_of(temporary), parts={part: record.files[part]["sha256"] for part in parts}
-        )
+        hashes = {part: record.files[part]["sha256"] for part in parts}
+        record.publish(partial.path, archive, sha256_of(partial.path), parts=hashes)
     for part in parts:
         (raw_dir / part).unlink()
     return f"{archive} is joined"
 
 
-@contextmanager
-def alone(raw_dir: Path) -> Iterator[None]:
-    """Work in the folder, with a second download kept out: two would write into the same partial files.
-
-    Raises UserError for that and for a folder that takes no files, FailureError for a full disk.
-    """
-    descriptor = os.open(raw_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{raw_dir}: another download is at work here; wait for its end") from error
-        except OSError:
-            pass  # some network file systems lock no folders
-        yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise FailureError(f"{raw_dir}: the disk is full; make room and {AGAIN}") from error
-        raise unwritable(raw_dir, error) from error
-    finally:
-        os.close(descriptor)
-
-
 def download(raw_dir: Path, wanted: Sequence[Wanted], patience: Patience) -> str:
     """Bring every wanted file that is not there yet, join archives; returns what was done and what is next."""
-    check_writable(raw_dir)
     with alone(raw_dir):
         record = Record(raw_dir)
         for entry in wanted:
@@ -301,26 +255,11 @@ def download(raw_dir: Path, wanted: Sequence[Wanted], patience: Patience) -> str
     return f"{raw_dir}: {'; '.join(done)}\nnext: {entrypoint('resize', '--raw', raw_dir)}"
 
 
-def parser() -> Parser:
-    """The verb's options."""
-    about, _, how = (__doc__ or "").partition("\n\n")
-    options = Parser("download", about, "./entrypoint.sh download --from runs/demo/raw --raw runs/mine/raw", how)
-    options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"to fill (default {RAW})")
-    origin = options.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--urls", type=Path, metavar="FILE", help="a list of links, see below")
-    origin.add_argument("--from", type=Path, metavar="DIR", dest="folder", help="a folder to copy from")
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb. Raises UserError for what the user can mend."""
-    arguments = parser().parse_args(argv)
-    if arguments.folder and arguments.folder.resolve() == arguments.raw.resolve():
-        advice = entrypoint("resize", "--raw", arguments.raw)
-        raise UserError(f"{arguments.raw}: both --from and --raw; run {advice}")
-    if arguments.folder:
-        check_apart(arguments.raw, arguments.folder)
-    have = Record(arguments.raw).whole()
-    wanted = find_files(arguments.folder, have) if arguments.folder else read_list(arguments.urls, have)
-    print(download(arguments.raw, wanted, Patience()))
-    return 0
+def download_from(raw_dir: Path, urls: Path, folder: Path | None) -> str:
+    """The verb: download what `urls` lists, or copy from `folder`. Raises UserError for what the user can mend."""
+    if folder:
+        if folder.resolve() == raw_dir.resolve():
+            raise UserError(f"{raw_dir}: both --from and --raw; run {entrypoint('resize', '--raw', raw_dir)}")
+        check_apart(raw_dir, folder)
+    have = Record(raw_dir).whole()
+    return download(raw_dir, find_files(folder, have) if folder else read_list(urls, have), Patience())

@@ -24,8 +24,7 @@ from data_scripts.linking.links import Links, Records, link_pictures, loss_lines
 from data_scripts.linking.matching import Matches
 from tongkuan.base.errors import UserError, entrypoint, missing
 from tongkuan.base.files import check_apart, check_writable, publish
-from tongkuan.base.machine import available_cores, keep_freed_memory
-from tongkuan.cli.command import DATA, RAW, Parser, Whole
+from tongkuan.base.machine import keep_freed_memory
 from tongkuan.records.attributes import DEFAULT_KEYS, TEN_KEYS, coverage_lines
 from tongkuan.records.items import (
     HANDED_OUT,
@@ -85,16 +84,9 @@ def convert(sources: dict[str, Source], task: Task) -> Outcome:
         data, status, detail, width, height = squash(sources[split].read(key), size)
     except UnreadableError as error:
         return "unreadable", str(error), error.width, error.height
-    # Renamed, but not fsynced one by one as `publish` does (that is ten times slower on a disk): the ledger, written
-    # and fsynced last, is what makes a set valid. The temporary name is fixed, so a killed run leaves no litter behind.
-    temporary = f"{target}.part"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-    except OSError:  # a full disk
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    os.replace(temporary, target)  # noqa: PTH105 - a Path for each of 100,000 names is only slower
+    # To fsync each is ten times slower on a disk: the ledger, written and fsynced last, makes a set valid.
+    with publish(Path(target), sync=False) as file:
+        file.write(data)
     return status, detail, width, height
 
 
@@ -303,28 +295,3 @@ def summary(data_dir: Path, pictures: list[Picture], links: Links, coverage: Seq
             f"next: {entrypoint(verb, '--data', data_dir)}",
         ]
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def parser() -> Parser:
-    """The verb's options."""
-    example = "./entrypoint.sh resize --raw runs/demo/raw --data runs/mine/data --size 96"
-    options = Parser("resize", "Pictures, items and pairs in the form train reads.", example)
-    options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"the organiser's files (default {RAW})")
-    options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"to fill (default {DATA})")
-    options.add_argument("--size", type=Whole(1, 4096), default=384, metavar="N", help="pixels a side (default 384)")
-    workers = available_cores()
-    options.add_argument(
-        "--workers", type=Whole(1, 4096), default=workers, metavar="N", help="processes (default: one a core)"
-    )
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb. Raises UserError for what the user can mend."""
-    arguments = parser().parse_args(argv)
-    print(resize(arguments.raw, arguments.data, arguments.size, arguments.workers))
-    return 0

@@ -1,4 +1,4 @@
-"""Draw a sample catalogue by code, in the organiser's raw format and with its disorder; labels are known exactly.
+"""Make a sample catalogue by code, in the organiser's raw format and with its disorder; labels are known exactly.
 
 `./entrypoint.sh sample --raw data/raw`; half of the products have siblings that only the picture tells apart,
 the other half siblings that only the text tells apart, so neither text nor picture alone will do.
@@ -9,7 +9,6 @@ import io
 import itertools
 import math
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +24,9 @@ from tqdm import tqdm
 from data_scripts.made import Made, hash_of_files
 from data_scripts.sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
 from tongkuan.base.errors import entrypoint
-from tongkuan.base.files import check_writable, publish
-from tongkuan.cli.command import RAW, Parser, Whole
-from tongkuan.cli.options import NUM_PRODUCTS
+from tongkuan.base.files import alone, part_of, publish
 from tongkuan.records.items import Pair, item_file, pair_file, pair_row
 
-PRODUCTS = 1500  # by default
-SEED = Whole(0, 2**63 - 1)
 ITEMS_A_PRODUCT = (4, 6)  # from, to
 POSITIVE_SHARE = 0.42  # of the pairs
 SIBLING_SHARE = 0.5  # of the negative pairs; the others join two families
@@ -65,7 +60,7 @@ def generator(seed: int, *stream: int) -> Rng:
     return np.random.Generator(np.random.PCG64([seed, *stream]))
 
 
-def plan(products: int = PRODUCTS, seed: int = 0) -> Catalogue:
+def plan(products: int, seed: int = 0) -> Catalogue:
     """The catalogue without its pictures: quick, and the same for the same arguments."""
     rng = generator(seed, 0)
     ids, names, suffixes = opaque_ids(rng), opaque_names(rng), deal(rng, SUFFIXES)
@@ -289,7 +284,6 @@ def encode_picture(rng: Rng, listing: Listing) -> bytes:
 
 def write_catalogue(raw_dir: Path, catalogue: Catalogue, seed: int) -> int:
     """Publish every file of the catalogue into `raw_dir`; returns the number of pictures."""
-    check_writable(raw_dir)
     made = Made(raw_dir, "sample")
     made.check("item_*")
     publish_bytes(made, ANSWERS, b"".join(pair_row(pair) for pair in catalogue.pairs["test"]))
@@ -348,10 +342,12 @@ def publish_pictures(made: Made, split: str, pictures: dict[str, bytes]) -> None
 
 
 def publish_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """A folder appears whole too: written beside its place, then renamed into it."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    """A folder appears whole too: written beside its place, then renamed into it. For a process that is `alone`."""
+    temporary = part_of(folder)
+    if temporary.exists():  # what a killed run left
+        shutil.rmtree(temporary)
     try:
-        (temporary / "new").mkdir()
+        (temporary / "new").mkdir(parents=True)
         for name, content in files.items():
             (temporary / "new" / name).write_bytes(content)
         if folder.exists():
@@ -361,34 +357,12 @@ def publish_folder(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(temporary)
 
 
-def draw(raw_dir: Path, products: int = PRODUCTS, seed: int = 0) -> str:
-    """Make the catalogue in `raw_dir`; returns a line that says what there is now."""
+def sample(raw_dir: Path, products: int, seed: int) -> str:
+    """Make the catalogue in `raw_dir`; returns the closing lines. Raises UserError for what the user can mend."""
     catalogue = plan(products, seed)
-    num_pictures = write_catalogue(raw_dir, catalogue, seed)
+    with alone(raw_dir):
+        num_pictures = write_catalogue(raw_dir, catalogue, seed)
     items = "/".join(str(len(rows)) for rows in catalogue.listings.values())
     pairs = "/".join(str(len(pairs)) for pairs in catalogue.pairs.values())
-    return f"{raw_dir}: {products} products, {items} items, {pairs} pairs (train/valid/test), {num_pictures} pictures"
-
-
-def parser() -> Parser:
-    """The verb's options."""
-    about = "A sample catalogue drawn by code, in the organiser's raw format."
-    options = Parser("sample", about, "./entrypoint.sh sample --raw runs/sample/raw --products 60")
-    options.add_argument("--raw", type=Path, default=RAW, metavar="DIR", help=f"to fill (default {RAW})")
-    options.add_argument(
-        "--products",
-        type=NUM_PRODUCTS,
-        default=PRODUCTS,
-        metavar="N",
-        help=f"how many (default {PRODUCTS})",
-    )
-    options.add_argument("--seed", type=SEED, default=0, metavar="N", help="same seed, same bytes (default 0)")
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb. Raises UserError for what the user can mend."""
-    arguments = parser().parse_args(argv)
-    print(draw(arguments.raw, arguments.products, arguments.seed))
-    print(f"next: {entrypoint('resize', '--raw', arguments.raw)}")
-    return 0
+    made = f"{raw_dir}: {products} products, {items} items, {pairs} pairs (train/valid/test), {num_pictures} pictures"
+    return f"{made}\nnext: {entrypoint('resize', '--raw', raw_dir)}"

@@ -15,7 +15,6 @@ import orjson
 
 from tongkuan.base.errors import UserError, entrypoint, missing
 from tongkuan.base.files import check_writable, publish
-from tongkuan.cli.command import DATA, Parser, Real, Whole
 from tongkuan.records.items import (
     HANDED_OUT,
     Item,
@@ -33,7 +32,6 @@ from tongkuan.records.labels import contradictory, only_label, pair_key
 from tongkuan.records.rows import is_given
 
 SIDES = ("train", "valid")
-RATIO, SEED = Real(above=0), Whole(-(2**63), 2**63 - 1)
 ADVICE = "run ./entrypoint.sh resize first, or ./entrypoint.sh demo"
 
 
@@ -261,20 +259,3 @@ def summary(report: dict[str, Any], data_dir: Path, left_out: str, notes: Sequen
         lines.append(f"note: {also:,} items also occur in test")
     lines.append(f"next: {entrypoint('train', '--data', data_dir)}")
     return "\n".join(lines)
-
-
-def parser() -> Parser:
-    """The verb's options."""
-    example = "./entrypoint.sh split --data runs/demo/data"
-    options = Parser("split", "Item-disjoint train and validation pairs.", example)
-    options.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"what resize made (default {DATA})")
-    options.add_argument("--ratio", type=RATIO, default=5.6, metavar="R", help="train to valid pairs (default 5.6)")
-    options.add_argument("--seed", type=SEED, default=0, metavar="N", help="among components of a size (default 0)")
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb. Raises UserError for what the user can mend."""
-    arguments = parser().parse_args(argv)
-    print(split(arguments.data, arguments.ratio, arguments.seed))
-    return 0

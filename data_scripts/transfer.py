@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data_scripts.archives.joined import Joined
 from tongkuan.base.errors import UserError
-from tongkuan.base.files import READ_BLOCK
+from tongkuan.base.files import READ_BLOCK, part_of
 
 AGAIN = "run the same command again: it goes on"
 ENOUGH = 1 << 20  # bytes: an attempt that brought as many is not held against the server
@@ -59,8 +59,11 @@ class Partial:
     """The bytes of a file that is not whole yet and, in a note beside them, what to resume by: validator and total."""
 
     def __init__(self, raw_dir: Path, name: str) -> None:
-        self.path, self.note = raw_dir / f".{name}.part", raw_dir / f".{name}.part.json"
+        self.path = part_of(raw_dir / name)
+        self.note = self.path.with_name(f"{self.path.name}.json")
         self.validator, self.total = "", None
+        if self.path.is_symlink() or self.note.is_symlink():  # not ours: we would write elsewhere
+            self.discard()
         with suppress(OSError, ValueError, TypeError):  # cut while it was written: start from nothing
             self.validator, self.total = orjson.loads(self.note.read_bytes())
 

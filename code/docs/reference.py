@@ -7,12 +7,12 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tongkuan.__main__ import SCRIPTS, VERBS, parser_of
+from tongkuan.cli.verbs import VERBS, parser_of
 from tongkuan.settings import Section, Settings
 
 REFERENCE = Path(__file__).with_suffix(".md")
 COMMAND = "PYTHONPATH=code:. .venv/bin/python -P code/docs/reference.py"
-NAMES = (*SCRIPTS, *VERBS)
+NAMES = tuple(VERBS)
 INTRODUCTION = f"""\
 # Options and settings
 

@@ -12,7 +12,7 @@ import sys
 
 # All that verbs import on their way; modules that start threads must not be among them: they would not be forked.
 MODULES = (
-    *("tongkuan.__main__", "tongkuan.learn.train", "tongkuan.result.predict"),
+    *("tongkuan.cli.exits", "tongkuan.learn.train", "tongkuan.result.predict"),
     *("torch._dynamo", "torch._subclasses.fake_tensor"),
     *("torch.utils.tensorboard", "timm", "timm.models.convnext", "transformers.models.bert.modeling_bert"),
     *("data_scripts.download", "data_scripts.resize", "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "httpx2"),
@@ -28,7 +28,7 @@ def serve() -> None:
         importlib.import_module(name)
     import torch
 
-    from tongkuan.__main__ import run
+    from tongkuan.cli.exits import run
 
     torch.set_num_threads(1)
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"  # noqa: PTH208

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_scripts import resize
+from tongkuan.cli.verbs import main
 
 SIZE = 32
 
@@ -76,7 +76,7 @@ def hand_out(
 
 
 def run(raw: Path, data: Path, *more: str) -> int:
-    return int(resize.main(["--raw", str(raw), "--data", str(data), "--size", str(SIZE), *more]))
+    return main(["resize", "--raw", str(raw), "--data", str(data), "--size", str(SIZE), *more])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import pytest
 from commands import ok, run_verb
 from rich.cells import cell_len
 
-from data_scripts import attributes
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 from tongkuan.records.attributes import TEN_KEYS, attributes_of
 from tongkuan.records.items import Item
 
@@ -31,7 +31,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def table(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
     """The lines that the verb prints."""
-    assert attributes.main([str(word) for word in words]) == 0
+    assert main(["attributes", *map(str, words)]) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -87,7 +87,7 @@ def test_splits_are_those_that_are_there_or_those_asked_for(tmp_path: Path, caps
     both = table(capsys, "--data", "elsewhere", "--raw", tmp_path, "--split", "valid", "--split", "test")
     assert cells(both[1])[1] == "2"
     with pytest.raises(UserError, match=r"item_extra_info\.jsonl: no such file"):
-        attributes.main(["--data", str(tmp_path), "--split", "extra"])
+        main(["attributes", "--data", str(tmp_path), "--split", "extra"])
 
 
 def test_keys_stand_by_number_of_items_then_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,10 +126,10 @@ def test_values_of_item_and_sku_count_together() -> None:
 
 def test_without_item_files_the_verb_that_makes_them_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no item_train_info\.jsonl.*resize first"):
-        attributes.main(["--data", str(tmp_path)])
+        main(["attributes", "--data", str(tmp_path)])
     catalogue(tmp_path, "train", {})
     with pytest.raises(UserError, match="no items in train"):
-        attributes.main(["--data", str(tmp_path)])
+        main(["attributes", "--data", str(tmp_path)])
 
 
 def test_it_is_a_verb(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
 from tongkuan.base.machine import processor_of
+from tongkuan.cli.verbs import main
 from tongkuan.encode.cache import Cache
 from tongkuan.model.towers import TwoTowers
 from tongkuan.records.items import item_file
@@ -145,7 +145,7 @@ def test_one_rank_two_and_one_again_share_a_cache(own: Path, model: Path, tmp_pa
         run(own, model, submit, cache)
     forwards.fail_at = -1
     stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    (cache / f".{min(stamps).name}.x.part").write_bytes(b"what a killed run leaves")
+    (cache / f".{min(stamps).name}.part").write_bytes(b"what a killed run leaves")
     words = ("--data", own, "--model", model, "--submit", submit, "--cache", cache, "--encode-batch", 5)
     ok(run_verb("predict", *words, "--nproc", 2))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())  # read, not written

@@ -13,7 +13,7 @@ from icc_profiles import SRGB, WIDE, by_lcms, cmyk, gamma, grey, profile, rgb, s
 from PIL import Image, ImageCms
 from worlds import hand_out_pictures, read_jsonl
 
-from data_scripts import resize
+from tongkuan.cli.verbs import main
 from tongkuan.records import colours, pictures
 
 SIZE = 32
@@ -185,7 +185,7 @@ def test_the_ledger_says_which_pictures_kept_their_numbers(tmp_path: Path) -> No
     found = {"good.png": rgb(), "bad.png": b"nonsense", "ink.png": cmyk()}
     files = {name: encode(image, "PNG", icc_profile=icc) for name, icc in found.items()}
     raw = hand_out_pictures(tmp_path / "raw", files)
-    resize.main(["--raw", str(raw), "--data", str(tmp_path / "data"), "--size", "32"])
+    main(["resize", "--raw", str(raw), "--data", str(tmp_path / "data"), "--size", "32"])
     rows = {row["name"]: row for row in read_jsonl(tmp_path / "data" / "ledger.jsonl")}
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert rows["good.png"]["detail"] == ""

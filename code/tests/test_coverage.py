@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import make_data, tiny_preset, train_words
 
-from data_scripts import attributes, resize
-from tongkuan.__main__ import main
+from tongkuan.cli.verbs import main
 from tongkuan.records.attributes import TEN_KEYS, count_coverage, coverage_lines, item_text, yaml_word
 from tongkuan.records.items import Item, read_items, read_pairs
 from tongkuan.report.result import find_items
@@ -126,7 +125,7 @@ def test_predict(english: Path, model: Path, tmp_path: Path, is_plan: bool, caps
 def test_resize_and_attributes_say_it_once(english: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "valid", "test"):
         (english / f"item_{split}_images").symlink_to(english / "images")
-    resize.main(["--raw", str(english), "--data", str(tmp_path / "out"), "--size", "8", "--workers", "1"])
+    main(["resize", "--raw", str(english), "--data", str(tmp_path / "out"), "--size", "8", "--workers", "1"])
     assert said(capsys.readouterr().out) == (1, 1, 1)
     assert said(ok(run_verb("attributes", "--data", tmp_path / "out"))) == (0, 1, 1)
 
@@ -140,4 +139,4 @@ def test_every_reader_sees_packed_files(english: Path, model: Path, tmp_path: Pa
     main(["verify", "--data", str(english), "--model", str(model), "--submit", str(submit)])
     pairs = english / "item_valid_pair.jsonl"
     assert find_items(english, read_pairs(pairs), {}).keys() <= read_items(english / "item_valid_info.jsonl").keys()
-    assert attributes.main(["--data", str(english)]) == 0
+    assert main(["attributes", "--data", str(english)]) == 0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from data_scripts import download
 from data_scripts.archives import sources
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 
 
 class Killed(BaseException):
@@ -71,7 +72,7 @@ def test_a_folders_files_are_copied_and_left_alone(raw: Path, tmp_path: Path) ->
 
 
 def test_parts_are_joined_into_what_resize_reads(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder_of(raw, {f".{ZIP}.join": b"of a call killed while it joined"})
+    folder_of(raw, {f".{ZIP}.part": b"of a call killed while it joined"})
     folder = folder_of(tmp_path / "from", PARTS)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 9}))
@@ -112,13 +113,13 @@ def test_bad_usage_is_one_line(raw: Path, tmp_path: Path) -> None:
         (("--from", str(raw)), "both --from and --raw"),
     ):
         with pytest.raises(UserError, match=message):
-            download.main(["--raw", str(raw), *words])
+            main(["download", "--raw", str(raw), *words])
     assert not raw.exists()
 
 
 def test_a_second_download_waits_outside(raw: Path, tmp_path: Path) -> None:
     raw.mkdir()
-    with download.alone(raw), pytest.raises(UserError, match="another download is at work"):
+    with download.alone(raw), pytest.raises(UserError, match="another process fills this folder; wait for its end"):
         take(raw, folder_of(tmp_path / "from", CONTENT))
     take(raw, tmp_path / "from")
 

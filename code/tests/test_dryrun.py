@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from worlds import snapshot, tiny_preset, tiny_settings
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 from tongkuan.learn.train import train
 from tongkuan.settings import describe, load_settings, preset_names, resolve
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tongkuan.__main__ import main
 from tongkuan.base.machine import multiplies
+from tongkuan.cli.verbs import main
 from tongkuan.encode.encode import Embeddings, batch_size, encode, prepare, slow_precision
 from tongkuan.encode.store import open_store
 from tongkuan.model.modelfile import load_model

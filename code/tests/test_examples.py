@@ -18,7 +18,7 @@ from test_release import make_release
 from worlds import TINY
 
 from tongkuan import settings as config
-from tongkuan.__main__ import main, parser_of
+from tongkuan.cli.verbs import main, parser_of
 from tongkuan.model import encoders as model
 
 TOP = Path(__file__).resolve().parents[2]

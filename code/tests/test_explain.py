@@ -11,8 +11,8 @@ from browsers import assert_accessible, assert_quiet, emulate, opened
 from report_worlds import CLOSING, IMAGE, SCRIPT
 from worlds import make_data, tiny_settings, write_jsonl
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 from tongkuan.encode.store import open_store
 from tongkuan.learn.train import train
 from tongkuan.model.towers import pair_scores

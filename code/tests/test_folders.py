@@ -24,9 +24,9 @@ import tongkuan.report.report
 import tongkuan.result.evaluate
 import tongkuan.result.predict
 from data_scripts import download, resize, sample
-from tongkuan.__main__ import main
 from tongkuan.base import errors  # all imported as root: not everybody may read where they are installed
 from tongkuan.cli.exits import report_error
+from tongkuan.cli.verbs import main
 from tongkuan.model import encoders as model  # all imported as root: not everybody may read where they are installed
 
 

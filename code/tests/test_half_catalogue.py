@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from worlds import COLOURS, train_words, write_jsonl
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 
 SPLITS = ("train", "valid", "test")
 

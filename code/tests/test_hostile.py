@@ -22,8 +22,8 @@ from test_main import error_of, predict
 from worlds import make_data, train_words
 
 from data_scripts.archives import sources
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError, clip, nearest
+from tongkuan.cli.verbs import main
 from tongkuan.model.encoders import build_text, read_tensors, text_config_of
 from tongkuan.records import pictures
 from tongkuan.records.attributes import item_text

@@ -13,7 +13,7 @@ from test_train import metrics_of
 from worlds import make_data, train_words, write_jsonl
 
 from data_scripts import split
-from tongkuan.__main__ import main
+from tongkuan.cli.verbs import main
 from tongkuan.model.modelfile import load_model
 from tongkuan.records.items import Pair, read_pairs
 from tongkuan.records.labels import contradiction_note, contradictory, only_label
@@ -103,7 +103,7 @@ def hand_out(data: Path, pairs: list[dict[str, str]]) -> None:
 
 
 def run_split(data: Path, *more: str) -> list[str]:
-    return split.main(["--data", str(data), *more])
+    return main(["split", "--data", str(data), *more])
 
 
 @pytest.mark.parametrize("alone", [["x"], ["a0", "b0"], ["x", "y", "z"]])

@@ -12,9 +12,9 @@ from worlds import snapshot
 
 from data_scripts import resize
 from data_scripts import sample as script
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
 from tongkuan.base.files import check_apart
+from tongkuan.cli.verbs import main
 
 
 def lock(archive: Path) -> None:

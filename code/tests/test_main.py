@@ -6,8 +6,8 @@ import pytest
 from commands import ok, run_verb, without_root
 from worlds import make_data, train_words, write_jsonl
 
-from tongkuan.__main__ import SCRIPTS, VERBS, main
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import VERBS, main
 
 
 def error_of(*words: object) -> str:
@@ -36,7 +36,7 @@ def append(path: Path, text: str) -> None:
 
 def test_without_a_verb_it_says_what_there_is() -> None:
     out = ok(run_verb())
-    assert all(f"  {verb}" in out for verb in [*VERBS, *SCRIPTS, "test"])
+    assert all(f"  {verb}" in out for verb in [*VERBS, "test"])
 
 
 def test_a_users_error_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from test_main import error_of
 from test_main import predict as predict_words
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 from tongkuan.model.modelfile import load_model, parse_card
 
 HERE = Path("model.safetensors")

@@ -19,7 +19,7 @@ from icc_profiles import cmyk, grey, rgb
 from PIL import Image
 from worlds import hand_out_pictures, read_jsonl, tiny_settings, write_jsonl
 
-from data_scripts import resize
+from tongkuan.cli.verbs import main
 from tongkuan.encode import cache
 from tongkuan.encode.store import ItemStore, side_of
 from tongkuan.records import pictures
@@ -117,7 +117,7 @@ def test_what_resize_made_is_read_as_pillow_alone_reads_it(side: int, size: int,
 def test_predict_gives_the_same_embeddings_either_way(model: Path, tmp_path: Path) -> None:
     chosen = ("turned 6", "I;16", "RGBA", "CMYK, profile", "RGB, profile", "JPEG", "a square JPEG", "large", "cut")
     raw = hand_out_pictures(tmp_path / "raw", {f"{n}.jpg": WHOLE[name] for n, name in enumerate(chosen)})
-    resize.main(["--raw", str(raw), "--data", str(tmp_path / "resized")])
+    main(["resize", "--raw", str(raw), "--data", str(tmp_path / "resized")])
     by_hand = tmp_path / "by hand"
     shutil.copytree(raw, by_hand)
     (by_hand / "item_test_images").rename(by_hand / "images")

@@ -16,10 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from worlds import make_data, tiny_preset, tiny_settings
 
-from tongkuan.__main__ import SCRIPTS, VERBS, main, parser_of
 from tongkuan.base.errors import UserError, entrypoint, quote
-from tongkuan.cli.command import Real, Whole
-from tongkuan.cli.options import THRESHOLD
+from tongkuan.base.numbers import Real, Whole
+from tongkuan.cli.verbs import VERBS, main, parser_of
 from tongkuan.model.encoders import text_config_of
 from tongkuan.model.towers import build
 from tongkuan.records.result import prediction_row, read_predictions
@@ -31,7 +30,7 @@ ODD = "my data; rm $x 'q'"
 
 
 def numeric_options() -> Iterator[tuple[str, argparse.Action]]:
-    for verb in [*SCRIPTS, *VERBS]:
+    for verb in VERBS:
         for action in parser_of(verb)._actions:
             assert action.type not in (int, float), f"{verb} {action.dest}: a type that knows no range"
             if isinstance(action.type, Whole | Real):
@@ -207,7 +206,7 @@ def test_a_threshold_that_is_taken_is_read_back_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, number: float
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "wild-threshold.jsonl"
-    threshold = THRESHOLD(repr(number))
+    threshold = Real()(repr(number))
     path.write_bytes(prediction_row("a", b"[1.0]", "b", b"[2.0]", threshold))
     ((_, row),) = read_predictions(path)
     assert row.threshold == threshold == float(number)

@@ -12,8 +12,8 @@ import torch
 from commands import environment
 from worlds import tiny_preset, tiny_settings
 
-from tongkuan.__main__ import main
 from tongkuan.cli.exits import describe
+from tongkuan.cli.verbs import main
 from tongkuan.learn.step import TrainStep
 from tongkuan.learn.train import train
 from tongkuan.model.towers import TwoTowers

@@ -10,8 +10,8 @@ from commands import ok, run_verb
 from safetensors.torch import save_file
 from worlds import write_jsonl
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 from tongkuan.encode.encode import encode
 from tongkuan.encode.store import open_store
 from tongkuan.model.modelfile import load_model

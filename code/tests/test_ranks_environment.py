@@ -12,11 +12,11 @@ import torch
 from commands import environment
 from worlds import train_words
 
-from tongkuan.__main__ import main, num_ranks
 from tongkuan.base.errors import UserError
 from tongkuan.cli import exits as ending
+from tongkuan.cli.verbs import main
 from tongkuan.ranks.group import join_ranks
-from tongkuan.ranks.place import LAUNCHER, TELL, VARIABLES, Place, find_place
+from tongkuan.ranks.place import LAUNCHER, TELL, VARIABLES, Place, find_place, num_ranks
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -153,7 +153,7 @@ distributed.join = told
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_rank_that_waits_for_others_can_be_stopped(rank: int, number: int, data: Path, tmp_path: Path) -> None:
-    script = f"{JOINING}\nfrom tongkuan.__main__ import run\nsys.exit(run())"
+    script = f"{JOINING}\nfrom tongkuan.cli.exits import run\nsys.exit(run())"
     group = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", script, *train_words(tmp_path, data)]
     waiting = subprocess.Popen(

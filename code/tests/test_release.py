@@ -21,8 +21,8 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from worlds import TINY, make_data
 
 from tongkuan import TOP
-from tongkuan.__main__ import main
 from tongkuan.base.files import sha256_of
+from tongkuan.cli.verbs import main
 from tongkuan.model.modelfile import load_model, save_model
 from tongkuan.model.towers import pair_scores
 from tongkuan.records.attributes import TEN_KEYS, item_text, normalise
@@ -203,6 +203,7 @@ def test_parts_are_joined_and_a_gap_is_named(release: Release, tmp_path: Path) -
     parts = [release.path.with_name(f"release.pth.parta{letter}") for letter in "abc"]
     for number, part in enumerate(parts):
         part.write_bytes(content[number * third : (number + 1) * third if number < 2 else None])
+    (tmp_path / ".joined0.joined.part").write_bytes(b"what a killed run leaves")
     for number, name in enumerate((release.path, parts[0])):
         words = release.words(tmp_path / f"joined{number}")
         words[words.index("--model") + 1] = str(name)

@@ -15,6 +15,8 @@ from worlds import snapshot
 from data_scripts import sample
 from data_scripts import sample_words as words
 from tongkuan.base.errors import UserError
+from tongkuan.cli.options import PRODUCTS
+from tongkuan.cli.verbs import main
 from tongkuan.records.attributes import item_text, normalise, parse_attributes
 from tongkuan.records.items import parse_item, read_items, read_pairs
 
@@ -25,13 +27,13 @@ LOOK = ("category", "shape", "colour", "pattern")
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("raw")
-    assert sample.main(["--raw", str(folder), "--products", "24"]) == 0
+    assert main(["sample", "--raw", str(folder), "--products", "24"]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def default_plan() -> Any:
-    return sample.plan()
+    return sample.plan(PRODUCTS.default)
 
 
 def pictures(raw: Path, split: str) -> dict[str, bytes]:
@@ -74,7 +76,7 @@ def parts_of(value: str) -> list[str]:
 def test_bytes_do_not_depend_on_hash_seed_or_old_files(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample.main(["--raw", str(tmp_path), "--products", "24", "--seed", "5"])  # to be replaced, stale parts and all
+    main(["sample", "--raw", str(tmp_path), "--products", "24", "--seed", "5"])  # to be replaced, stale parts and all
     monkeypatch.setenv("PYTHONHASHSEED", "1234")
     run = run_verb("sample", "--raw", tmp_path, "--products", 24)
     assert snapshot(tmp_path) == snapshot(raw)
@@ -152,7 +154,7 @@ def test_texts_are_as_disorderly_as_promised(raw: Path) -> None:
 def test_default_plan_is_large_enough_to_learn_from(default_plan: Any) -> None:
     listings = [listing for rows in default_plan.listings.values() for listing in rows]
     assert len(listings) >= 1200
-    assert len({listing.product.number for listing in listings}) == sample.PRODUCTS >= 300
+    assert len({listing.product.number for listing in listings}) == PRODUCTS.default >= 300
     families = {split: {row.product.family.number for row in rows} for split, rows in default_plan.listings.items()}
     assert sum(map(len, families.values())) == len(set().union(*families.values()))
     told: Counter[str] = Counter()  # by value; a model number counts by its characters
@@ -220,10 +222,10 @@ def test_ids_and_picture_names_tell_nothing(default_plan: Any) -> None:
 def test_bad_usage_is_the_users_to_mend_and_their_files_stay(tmp_path: Path) -> None:
     for arguments in (["--products", "3"], ["--seed", "-1"]):
         with pytest.raises(UserError):
-            sample.main(["--raw", str(tmp_path), *arguments])
+            main(["sample", "--raw", str(tmp_path), *arguments])
     (tmp_path / "item_train_info.jsonl").write_text("the organiser's own\n")
     with pytest.raises(UserError, match="empty folder"):
-        sample.main(["--raw", str(tmp_path), "--products", "24"])
+        main(["sample", "--raw", str(tmp_path), "--products", "24"])
     assert (tmp_path / "item_train_info.jsonl").read_text() == "the organiser's own\n"
     with pytest.raises(UserError):
-        sample.draw(tmp_path / "item_train_info.jsonl" / "below")
+        sample.sample(tmp_path / "item_train_info.jsonl" / "below", 24, 0)

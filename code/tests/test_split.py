@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data_scripts import split
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 from tongkuan.records.items import Pair, read_items, read_pairs
 
 Line = tuple[str, str, int | None]
@@ -33,7 +34,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def run(data: Path, *more: str) -> dict[str, Any]:
     """Split and return the report."""
-    assert split.main(["--data", str(data), *more]) == 0
+    assert main(["split", "--data", str(data), *more]) == 0
     report: dict[str, Any] = json.loads((data / "split.json").read_text())
     return report
 
@@ -151,14 +152,14 @@ def test_an_item_told_differently_keeps_the_line_of_train(tmp_path: Path) -> Non
 
 def test_without_handed_out_pairs_resize_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run \./entrypoint\.sh resize first"):
-        split.main(["--data", str(tmp_path)])
+        main(["split", "--data", str(tmp_path)])
 
 
 @pytest.mark.parametrize("lines", [[("a", "b", 1), ("b", "c", 0)], [("a", "b", None)]])
 def test_what_cannot_be_drawn_is_an_error_and_changes_nothing(tmp_path: Path, lines: list[Line]) -> None:
     hand_out(tmp_path, train=lines)
     with pytest.raises(UserError, match="no item-disjoint validation"):
-        split.main(["--data", str(tmp_path)])
+        main(["split", "--data", str(tmp_path)])
     assert not files(tmp_path)
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_main import error_of
 from torch import nn
 
-from tongkuan.__main__ import main
 from tongkuan.base.errors import UserError
+from tongkuan.cli.verbs import main
 from tongkuan.model.modelfile import load_model
 from tongkuan.model.wrappings import STEPS, unwrap
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import orjson
 from worlds import tiny_preset, write_jsonl
 
-from tongkuan.__main__ import main
+from tongkuan.cli.verbs import main
 
 
 class World:

@@ -13,6 +13,7 @@ import torch
 from tongkuan.base.errors import entrypoint
 from tongkuan.base.files import check_writable
 from tongkuan.judge.check import score
+from tongkuan.ranks.place import num_ranks
 
 Verb = Callable[[Sequence[str]], int]
 RANKS = 2  # without a GPU: small operators gain nothing from a second thread, a second rank halves the time
@@ -28,6 +29,8 @@ def demo(
     run_verb: Verb,
 ) -> None:
     """sample, resize, split, train, predict, check, score, plot and report, in `run_dir`; prints each."""
+    if nproc is not None:
+        num_ranks(nproc)  # refused now rather than by a step of it
     started = time.monotonic()
     for name in ("raw", "data", "train", "weights", "submit"):
         check_writable(run_dir / name)

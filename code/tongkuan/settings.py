@@ -3,7 +3,6 @@
 The resolved settings travel in the checkpoint; `predict` reads the model's from there and nowhere else.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import pydantic
 import yaml
 from pydantic import BeforeValidator, Field
 
-from tongkuan.base.errors import UserError, clip, nearest
-from tongkuan.cli.command import REAL, WHOLE
+from tongkuan.base.errors import UserError, clip, entrypoint, nearest
+from tongkuan.base.numbers import as_number, finite_throughout
 from tongkuan.records.attributes import TEN_KEYS, AttributeStyle
 
 MAX_PRESET = 100_000  # bytes
@@ -25,27 +24,6 @@ PRESET_DIR = Path(__file__).resolve().parents[1] / "presets"
 Precision = Literal["fp32", "bf16", "fp16"]
 Inputs = Literal["both", "text", "image"]
 Scalar = bool | int | float | str
-
-
-def as_number(value: object) -> object:
-    """The number that a value stands for: YAML has 1e-4 as a text. Texts of another form, yes and no stand for none."""
-    if isinstance(value, bool) or (isinstance(value, str) and not REAL.fullmatch(value)):
-        raise ValueError("input should be a number, written as 3, 0.5 or 1e-3")
-    if isinstance(value, str):
-        return int(value) if WHOLE.fullmatch(value) else float(value)
-    return value
-
-
-def finite_throughout(value: Any) -> Any:
-    """A value of any depth, none of whose numbers is infinite or no number."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-    for part in parts:
-        finite_throughout(part)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("input should hold finite numbers")
-    return value
-
-
 Number = BeforeValidator(as_number)
 # Wide of what anybody needs, and narrow enough for arithmetic, memory and model files to hold.
 Count = Annotated[int, Number, Field(ge=1, le=10**9)]  # of steps
@@ -248,6 +226,11 @@ def resolve(preset: str, overrides: Sequence[str] = ()) -> Resolved:
         # What the file said of parts of this value holds no longer.
         origins = {loc: source for loc, source in origins.items() if loc[: len(keys)] != keys} | {keys: origin}
     return Resolved(validate(values, origins, str(path)), values, origins)
+
+
+def show(preset: str, overrides: Sequence[str] = ()) -> str:
+    """What the verb `settings` prints: describe's text, and the next command."""
+    return f"{describe(resolve(preset, overrides))}\n# next: {entrypoint('train', '--preset', preset)}"
 
 
 def describe(resolved: Resolved) -> str:

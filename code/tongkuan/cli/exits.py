@@ -1,15 +1,14 @@
-"""How a verb ends that does not come to its end: errors as one line and an exit code, signals.
-
-No torch here: a wrong option is answered at once.
-"""
+"""How a process exits: errors as one line and an exit code, signals. No torch: a wrong option is answered at once."""
 
 import os
+import signal
 import sys
 import traceback
 from contextlib import suppress
 
 from tongkuan.base.errors import NO_ROOM, FailureError, LostError, UserError, clip, is_out_of_memory, one_line
-from tongkuan.base.terminal import CLOSED_PIPE, readers_gone, redirect_to_nowhere, say
+from tongkuan.base.terminal import CLOSED_PIPE, close_streams, open_streams, readers_gone, redirect_to_nowhere, say
+from tongkuan.cli.verbs import main
 from tongkuan.ranks.place import LOST, TELL, is_own_rank
 
 SHORTAGE = {
@@ -20,13 +19,29 @@ SHORTAGE = {
 SAME_ADVICE = {"demo": "train", "evaluate": "predict", "verify": "predict"}
 
 
+def run() -> int:
+    """main, with exceptions turned into exit codes: 2 for the user's errors, 1 for all others, 130 and 143 on signals.
+
+    141 when who read the output has gone.
+    """
+    open_streams()
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except (Exception, KeyboardInterrupt) as error:
+        code = report_error(error, sys.argv[1] if len(sys.argv) > 1 else "")
+    return close_streams(code)
+
+
 def stop(number: int, _frame: object) -> None:
-    """A request to end (as `docker stop` makes) ends like Ctrl-C: temporary files go, then exit 143."""
+    """A request to stop (as `docker stop` makes) acts like Ctrl-C: temporary files go, then exit 143."""
     sys.exit(128 + number)
 
 
 def report_error(error: BaseException, verb: str) -> int:
-    """Say what ended a verb, in one line if it is not a mistake of ours; its exit code."""
+    """Say what ended a verb, in one line unless it is an internal error; its exit code."""
     if isinstance(error, KeyboardInterrupt):
         if not is_own_rank() or os.environ.get("RANK") == "0":
             say("tongkuan: interrupted; the same command goes on from the last checkpoint")
@@ -54,7 +69,7 @@ def report_error(error: BaseException, verb: str) -> int:
 
 
 def describe(error: BaseException, verb: str) -> str:
-    """An error as a line that says what to do; empty for a mistake of ours."""
+    """An error as a line that says what to do; empty for an internal error."""
     if isinstance(error, UserError | FailureError):
         return str(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -71,7 +86,7 @@ def describe(error: BaseException, verb: str) -> str:
 
 
 def tell(line: str, code: int) -> None:
-    """As one of several ranks, tell the launcher, which prints the first that it is told, and end."""
+    """As one of several ranks, report to the launcher, which prints the first report, and exit."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,153 +1,107 @@
-"""What each verb of the package may be told. No torch here: a wrong option is answered at once."""
+"""What verbs may be given: each option once, and the parser. No torch: a wrong option is answered at once.
+
+Examples go on from what `./entrypoint.sh demo` leaves in `runs/demo`, so that each can be pasted as it stands.
+"""
 
 import argparse
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from tongkuan.cli.command import DATA, Real, Whole
+from tongkuan.base.errors import UserError, nearest
+from tongkuan.base.numbers import Real, Whole
 
-PRESET = "ccks2022-63"
-MODEL = Path("weights/model.safetensors")
-PRECISIONS = ("fp32", "bf16", "fp16")
-ENCODE_BATCH = Whole(1, 65_536)
-NPROC = Whole(1, 1024)
-NUM_PRODUCTS = Whole(24, 100_000)  # of a sample: six families of four, one of each kind for each split
-THRESHOLD = Real()
+NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 
 
-def add_model_options(parser: argparse.ArgumentParser, split: str) -> None:
-    """Options of the verbs that run a trained model."""
-    add_data(parser, "item files and images/")
-    parser.add_argument("--split", default=split, metavar="S", help=f"which item files (default {split})")
-    add_model(parser, "the model")
-    add_threshold(parser)
-    add_precision(parser)
-    parser.add_argument(
-        "--encode-batch", type=ENCODE_BATCH, metavar="N", help="items a batch (default: by device and picture)"
-    )
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings: a killed run goes on from them")
-    add_nproc(parser)
+class Parser(argparse.ArgumentParser):
+    """Options of a verb. `example` is a whole command; `more` stands between the options and it."""
+
+    def __init__(self, verb: str, about: str, example: str, more: str = "") -> None:
+        super().__init__(
+            prog=f"./entrypoint.sh {verb}",
+            description=about,
+            epilog=f"{more}example, after ./entrypoint.sh demo:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._negative_number_matcher = NEGATIVE  # argparse's own takes the value -1e-3 for an option
+        self.example = example
+
+    def error(self, message: str) -> Any:
+        """UserError with the nearest known option."""
+        if message.startswith("unrecognized arguments"):
+            known = [option for action in self._actions for option in action.option_strings]
+            for word in message.split():
+                if word.startswith("--"):
+                    message += nearest(word.partition("=")[0], known)
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def add_data(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"{what} (default {DATA})")
+@dataclass(frozen=True)
+class Option:
+    """An option of a verb, which fills the parameter `parameter` of the verb's function."""
+
+    name: str
+    """Empty: what stands between the options."""
+    parameter: str
+    metavar: str | tuple[str, ...] | None
+    help: str
+    default: Any = None
+    type: Callable[[str], Any] | None = Path
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of argparse's add_argument."""
+
+    def but(self, help: str = "", **changes: Any) -> "Option":
+        """The same option with another help or default."""
+        return replace(self, help=help or self.help, **changes)
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        """Add it to a parser; its help ends in the default."""
+        shown = f"{self.default:g}" if isinstance(self.default, float) else self.default
+        given = {"metavar": self.metavar, "default": self.default, "type": self.type, **self.more}
+        parser.add_argument(
+            *([self.name] if self.name else []),
+            dest=self.parameter,
+            help=self.help if shown is None else f"{self.help} (default {shown})",
+            **{name: value for name, value in given.items() if value is not None},
+        )
 
 
-def add_model(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FILE", help=f"{what} (default {MODEL})")
+def switch(name: str, parameter: str, help: str) -> Option:
+    """An option without a value."""
+    return Option(name, parameter, None, help, type=None, more={"action": "store_true"})
 
 
-def add_threshold(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threshold", type=THRESHOLD, metavar="T", help="instead of the model's own")
-
-
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the encoders (default fp32)")
-
-
-def add_nproc(parser: argparse.ArgumentParser) -> None:
-    """Ranks; every GPU by itself."""
-    parser.add_argument("--nproc", type=NPROC, metavar="N", help="ranks (default: one a GPU, one without)")
-
-
-def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """Say what would be done."""
-    parser.add_argument("--dry-run", action="store_true", help="only the plan: counts, memory and, by a probe, time")
-
-
-def add_preset(parser: argparse.ArgumentParser, what: str = "a name or a YAML file") -> None:
-    parser.add_argument("--preset", default=PRESET, metavar="P", help=f"{what} (default {PRESET})")
-
-
-def add_overrides(parser: argparse.ArgumentParser, example: str = "train.steps=500") -> None:
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"such as {example}")
-
-
-def add_submit(parser: argparse.ArgumentParser) -> None:
-    submit = Path("submit")
-    parser.add_argument("--submit", type=Path, default=submit, metavar="DIR", help="the result (default submit)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A verb each
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    add_preset(parser)
-    add_overrides(parser)
-
-
-def add_train(parser: argparse.ArgumentParser) -> None:
-    add_preset(parser)
-    add_data(parser, "what split made")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="checkpoints and curves (default runs/PRESET)")
-    add_model(parser, "the best one")
-    add_nproc(parser)
-    add_dry_run(parser)
-    add_overrides(parser)
-
-
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a released .pth, whole or in parts, to import")
-    add_preset(parser, "its recipe, or whose encoders to fetch")
-    parser.add_argument("--text-encoder", type=Path, metavar="DIR", help="config.json and vocab.txt of its texts")
-    parser.add_argument(
-        "--threshold", type=THRESHOLD, default=0.0, metavar="T", help="of the imported model (default 0)"
-    )
-    parser.add_argument("--out", type=Path, default=MODEL, metavar="FILE", help=f"the imported model (default {MODEL})")
-    add_overrides(parser, "model.image.size=224")
-
-
-def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser, "valid")
-
-
-def add_predict(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser, "test")
-    add_submit(parser)
-    add_dry_run(parser)
-
-
-def add_verify(parser: argparse.ArgumentParser) -> None:
-    add_submit(parser)
-    add_data(parser, "item files and images/")
-    add_model(parser, "the model")
-
-
-def add_judge(parser: argparse.ArgumentParser) -> None:
-    add_submit(parser)
-    parser.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="the pairs that were predicted")
-
-
-def add_plot(parser: argparse.ArgumentParser) -> None:
-    add_judge(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".svg or .png (default SUBMIT/scores.svg)")
-
-
-def add_report(parser: argparse.ArgumentParser) -> None:
-    add_judge(parser)
-    add_data(parser, "item files and images/")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="a training run: adds its curves")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="another result of these pairs to compare with")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".html (default SUBMIT/report.html)")
-
-
-def add_explain(parser: argparse.ArgumentParser) -> None:
-    help_of_pair, out = "two item_ids (default: the split's first pair)", Path("submit/explain.html")
-    parser.add_argument("--pair", nargs=2, metavar=("A", "B"), help=help_of_pair)
-    add_data(parser, "items and images/")
-    parser.add_argument("--split", default="test", metavar="S", help="which item file (default test)")
-    add_model(parser, "the model")
-    add_threshold(parser)
-    add_precision(parser)
-    grid = Whole(1, 4096)  # at most the pixels of a picture, which the model knows
-    parser.add_argument("--grid", type=grid, default=8, metavar="N", help="N x N patches of a picture (default 8)")
-    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"the page (default {out})")
-
-
-def add_demo(parser: argparse.ArgumentParser) -> None:
-    run = Path("runs/demo")
-    parser.add_argument("--run", type=Path, default=run, metavar="DIR", help=f"its folder (default {run})")
-    parser.add_argument("--products", type=NUM_PRODUCTS, metavar="N", help="of the catalogue (default: sample's)")
-    parser.add_argument("--ablation", action="store_true", help="also train on text alone and on pictures alone")
-    add_nproc(parser)
-    add_overrides(parser)
+RAW = Option("--raw", "raw_dir", "DIR", "to fill", Path("data/raw"))
+DATA = Option("--data", "data_dir", "DIR", "item files and images/", Path("data"))
+SPLIT = Option("--split", "split", "S", "which item files", "test", str)
+MODEL = Option("--model", "model_path", "FILE", "the model", Path("weights/model.safetensors"))
+SUBMIT = Option("--submit", "submit_dir", "DIR", "the result", Path("submit"))
+PAIRS = Option("--pairs", "pairs_path", "FILE", "the pairs that were predicted", more={"required": True})
+RUN = Option("--run", "run_dir", "DIR", "checkpoints and curves (default runs/PRESET)")
+OUT = Option("--out", "out", "FILE", "the page")
+PRESET = Option("--preset", "preset", "P", "a name or a YAML file", "ccks2022-63", str)
+OVERRIDES = Option("", "overrides", "section.key=value", "such as train.steps=500", type=None, more={"nargs": "*"})
+# Six families of four at least: one of each kind for each split.
+PRODUCTS = Option("--products", "products", "N", "how many", 1500, Whole(24, 100_000))
+THRESHOLD = Option("--threshold", "threshold", "T", "instead of the model's own", type=Real())
+PRECISION = Option(
+    "--precision", "precision", None, "of the encoders", "fp32", str, {"choices": ("fp32", "bf16", "fp16")}
+)
+ENCODE_BATCH = Option(
+    "--encode-batch", "encode_batch", "N", "items a batch (default: by device and picture)", type=Whole(1, 65_536)
+)
+CACHE = Option("--cache", "cache_dir", "DIR", "keep embeddings: a killed run goes on from them")
+NPROC = Option("--nproc", "nproc", "N", "ranks (default: one a GPU, one without)", type=Whole(1, 1024))
+STYLE = Option("--attributes", "style", None, "how to read them", "quoted", str, {"choices": ("quoted", "published")})
+PAIR = Option(
+    "--pair", "pair_ids", ("A", "B"), "two item_ids (default: the split's first pair)", None, str, {"nargs": 2}
+)
+# At most the pixels of a picture, which the model knows.
+GRID = Option("--grid", "grid", "N", "N x N patches of a picture", 8, Whole(1, 4096))
+DRY_RUN = switch("--dry-run", "dry_run", "only report counts, memory and, by a probe, time")
+# Of the verbs that encode all items of a split.
+ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tongkuan import TOP
 from tongkuan.base.errors import UserError, clip, is_out_of_memory
-from tongkuan.base.files import check_writable, sync_folder
+from tongkuan.base.files import alone, part_of, rename
 from tongkuan.settings import ImageEncoder, TextEncoder
 
 WEIGHTS_DIR = TOP / "weights"
@@ -49,13 +49,12 @@ def locate(weights: str) -> tuple[str, str]:
 
 def fetch(name: str) -> Path:
     """Bring a hub's encoder into weights/, whole or not at all: its folder. UserError when the hub does not give it."""
-    check_writable(WEIGHTS_DIR)
     local = WEIGHTS_DIR / name.rpartition("/")[2]
-    staging = local.with_name(f".{local.name}.part")  # stays after an error: the same command resumes
-    download(name, local_dir=staging, ignore_patterns=OTHER_FRAMEWORKS)
-    shutil.rmtree(staging / ".cache", ignore_errors=True)
-    staging.replace(local)
-    sync_folder(WEIGHTS_DIR)
+    partial = part_of(local)  # stays after an error: the same command resumes
+    with alone(WEIGHTS_DIR):
+        download(name, local_dir=partial, ignore_patterns=OTHER_FRAMEWORKS)
+        shutil.rmtree(partial / ".cache", ignore_errors=True)
+        rename(partial, local)
     return local
 
 

@@ -8,7 +8,6 @@ import pickle
 import re
 import shlex
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 from tongkuan.base.errors import UserError, entrypoint, missing
-from tongkuan.base.files import READ_BLOCK, check_target, sha256_of
+from tongkuan.base.files import READ_BLOCK, check_target, sha256_of, temporary_file
 from tongkuan.model.encoders import WEIGHTS_DIR, build_image, build_tokenizer, download, fetch, locate, text_config_of
 from tongkuan.model.modelfile import MODEL_KEY, ModelCard, kind_of, packing, stream_model
 from tongkuan.model.towers import TwoTowers, build
@@ -63,7 +62,7 @@ def import_release(
 ) -> None:
     """Write `out` from a released checkpoint; nothing is written when a key is missing, unexpected or mis-shaped."""
     check_target(out)
-    with whole_file(checkpoint, out.parent) as path:
+    with whole_file(checkpoint, out) as path:
         params, note = read_params(path, checkpoint)
         settings = recipe(params, preset, overrides)
         text_config, tokenizer = text_parts(settings.text, text_encoder, params)
@@ -88,8 +87,8 @@ def import_release(
 
 
 @contextmanager
-def whole_file(checkpoint: Path, folder: Path) -> Iterator[Path]:
-    """The checkpoint as one file: itself, or its parts .partaa, .partab … joined in a temporary file in `folder`."""
+def whole_file(checkpoint: Path, out: Path) -> Iterator[Path]:
+    """The checkpoint as one file: itself, or its parts .partaa, .partab … joined in a temporary file beside `out`."""
     if checkpoint.is_dir():
         raise UserError(f"{checkpoint}: a folder; name the checkpoint's file in it")
     base = checkpoint.with_name(re.sub(r"\.part[a-z]{2}$", "", checkpoint.name))
@@ -104,13 +103,12 @@ def whole_file(checkpoint: Path, folder: Path) -> Iterator[Path]:
     for part, suffix in zip(parts, PARTS, strict=False):
         if part.name != base.name + suffix:
             raise UserError(f"{base}{suffix}: this part is missing, {part.name} is there; fetch it too")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{base.name}.") as temporary:
-        whole = Path(temporary) / base.name
-        with whole.open("wb") as joined:
-            for part in parts:
-                with part.open("rb") as source:
-                    shutil.copyfileobj(source, joined, READ_BLOCK)
-        yield whole
+    with temporary_file(out.with_name(f"{out.name}.joined")) as joined:  # never the name that `out` is written under
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, joined, READ_BLOCK)
+        joined.flush()
+        yield Path(joined.name)
 
 
 def read_params(path: Path, shown: Path) -> tuple[dict[str, Tensor], str]:

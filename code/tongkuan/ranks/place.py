@@ -1,4 +1,4 @@
-"""Which group of ranks the environment names this process to, as launchers have it. No torch here.
+"""Which group of ranks the environment names this process to, as launchers have it, and how many to start without one.
 
 A cluster sets these variables in every shell of a job, also where nobody has launched ranks.
 """
@@ -8,9 +8,12 @@ import signal
 from dataclasses import dataclass
 
 from tongkuan.base.errors import UserError, clip
+from tongkuan.base.machine import available_cores
+from tongkuan.base.terminal import say
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MOST_RANKS = 100_000
+FEW_RANKS = 16  # so many may be asked for on any machine without GPUs
 # Set by our own launcher for its ranks: its process id, and the descriptor on which a rank tells what ended it.
 LAUNCHER, TELL = "TONGKUAN_LAUNCHER", "TONGKUAN_TELL"
 LOST = 3  # what a rank tells it instead of exit code 1 when all that it knows is that another one has gone
@@ -91,6 +94,35 @@ def awaited(place: Place) -> str:
         f"rank {place.rank} of WORLD_SIZE={place.world_size}, as the environment has it: meets "
         f"rank{'s'[: len(others) > 1]} {', '.join(others)}{more} at {clip(place.address)[1:-1]}:{place.port}; {alone()}"
     )
+
+
+def num_ranks(asked: int | None) -> int:
+    """How many ranks to start from here: 1 as a rank of a group, else as asked, else one a GPU.
+
+    Raises UserError when the machine has too few GPUs, or when the environment names a group and the user a number.
+    """
+    if is_own_rank():
+        return 1
+    place = find_place()
+    if place.world_size > 1:
+        if asked is not None:
+            group = f"the environment's WORLD_SIZE={place.world_size} would join ranks that others start"
+            raise UserError(f"--nproc {asked} starts ranks of its own, {group}; leave out --nproc, or {alone()}")
+        if place.local_rank == 0:
+            say(f"tongkuan: {awaited(place)}")
+        return 1
+    if asked == 1 or (asked is None and place.has_launcher):
+        return 1
+    import torch  # takes seconds: not before it is needed
+
+    gpus = torch.cuda.device_count()
+    if asked is None:
+        return gpus
+    most = gpus or max(FEW_RANKS, available_cores())
+    if asked > most:
+        reason = f"{gpus} to be seen, and a rank takes one" if gpus else "without a GPU"
+        raise UserError(f"--nproc {asked}: more than {most} ranks ({reason}); ask for at most {most}")
+    return asked
 
 
 def forget() -> None:
