@@ -55,9 +55,9 @@ def read_catalogue(folder: Path, splits: Sequence[str]) -> tuple[dict[str, Item]
         info, pair = item_file(folder, split), pair_file(folder, split)
         found = read_items(info, ADVICE)
         if is_given(pair):
-            told = read_pairs(pair, found, "optional", info, ADVICE)
-            pairs += [pair for pair in told if pair.label is not None]
-        items = found | items  # of an item that several splits tell of, the first one's line counts
+            new = read_pairs(pair, found, "optional", info, ADVICE)
+            pairs += [pair for pair in new if pair.label is not None]
+        items = found | items  # of an item that several splits have, the first one's line counts
     if not items:
         raise UserError(f"{folder}: no items in {', '.join(splits)}; {ADVICE}")
     return items, pairs

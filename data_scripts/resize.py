@@ -239,8 +239,8 @@ def check_readable(
     links = link_pictures(records, matches)
     if links.num_named and not links.has_pictures():
         cause = links.commonest()[0]
-        told = f"none of the {links.num_named:,} items that name a picture gets one: {cause.count:,} {cause}"
-        raise UserError(f"{raw_dir}: {told}{names_found(matches.everywhere.pictures) if cause.is_missing else ''}")
+        problem = f"none of the {links.num_named:,} items that name a picture gets one: {cause.count:,} {cause}"
+        raise UserError(f"{raw_dir}: {problem}{names_found(matches.everywhere.pictures) if cause.is_missing else ''}")
     for picture in matches.everywhere.pictures:
         picture.image = picture.cause = ""
 

@@ -369,8 +369,8 @@ def write_attributes(rng: Rng, product: Product, with_value: bool) -> tuple[str,
     item += [(key, pick(rng, values)) for key, values in choose(rng, list(FILLERS), int(rng.integers(0, 3)))]
     if rng.random() < 0.5:
         # A colour word may stand only where siblings share the colour: in text families.
-        told = family.kind == "text" and rng.random() < 0.3
-        colours = (COLOURS[product.look[2]][0],) if told else VAGUE_COLOURS
+        is_named = family.kind == "text" and rng.random() < 0.3
+        colours = (COLOURS[product.look[2]][0],) if is_named else VAGUE_COLOURS
         sku += [("颜色分类", colour) for colour in choose(rng, list(colours), int(rng.integers(1, 3)))]
     if with_value:
         forms = choose(rng, writings(family, product.value), 2 if rng.random() < 0.2 else 1)

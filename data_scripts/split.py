@@ -37,7 +37,7 @@ ADVICE = "run ./entrypoint.sh resize first, or ./entrypoint.sh demo"
 
 @dataclass(slots=True)
 class HandedOut:
-    """Items and pairs of train and valid together; where both tell of an item, train's line counts."""
+    """Items and pairs of train and valid together; where both have an item, train's line counts."""
 
     items: dict[str, Item] = field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)  # raw item lines by id
@@ -92,20 +92,20 @@ def clean(pairs: Sequence[Pair]) -> Cleaned:
 
     Sorted, so that nothing that follows depends on the order of the files.
     """
-    told: dict[tuple[str, str], set[Pair]] = defaultdict(set)
+    labelled: dict[tuple[str, str], set[Pair]] = defaultdict(set)
     num_repeated, num_unlabelled = 0, 0
     for pair in pairs:
         if pair.label is None:
             num_unlabelled += 1
             continue
-        versions = told[pair_key(pair)]
+        versions = labelled[pair_key(pair)]
         num_repeated += any(version.label == pair.label for version in versions)
         versions.add(pair)
     contradictions = sorted({pair_key(pairs[index]) for index in contradictory(pairs)})
     for key in contradictions:
-        del told[key]
-    # Of a pair told both ways round, the way that sorts first stays.
-    kept = [min(told[key], key=lambda pair: (pair.left, pair.right)) for key in sorted(told)]
+        del labelled[key]
+    # Of a pair written both ways round, the way that sorts first stays.
+    kept = [min(labelled[key], key=lambda pair: (pair.left, pair.right)) for key in sorted(labelled)]
     return Cleaned(kept, contradictions, num_repeated, num_unlabelled)
 
 

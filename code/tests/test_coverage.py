@@ -29,7 +29,7 @@ def items_of(*texts: str) -> list[Item]:
 def test_items_with_a_key_asked_for_are_counted() -> None:
     items = [*items_of("品牌:甲", "产地:浙江", "品牌 甲", "", "  "), Item("s", "t", "", "品牌：甲")]
     found = count_coverage(items, TEN_KEYS)
-    assert (found.num_items, found.num_told, found.num_covered, found.num_unread) == (6, 4, 2, 1)
+    assert (found.num_items, found.num_with_text, found.num_covered, found.num_unread) == (6, 4, 2, 1)
     assert coverage_lines(items, TEN_KEYS) == [
         "attributes: 2 of 6 items have at least one of model.attribute_keys",
         "note: 1 attribute texts yield no key, first item 'i2': '品牌 甲'; write them as key:value;key:value",

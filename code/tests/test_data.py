@@ -71,7 +71,7 @@ def test_long_texts_are_cut_and_keep_their_end_token(data: Path) -> None:
     assert (batch.ids[:, -1] == 3).all(), "[SEP]"
 
 
-def test_a_picture_that_cannot_be_read_counts_as_blank_and_is_told_of(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_read_counts_as_blank_and_is_reported(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.jpg").write_bytes(b"\xff\xd8garbage")
     items = {"a": Item("a", image_name="bad.jpg"), "b": Item("b", image_name="gone.jpg"), "c": Item("c")}

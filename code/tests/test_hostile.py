@@ -100,7 +100,7 @@ def test_a_line_without_an_end_is_not_read_whole(path: Path, monkeypatch: pytest
         read_items(Path("/dev/zero"))
 
 
-def test_an_item_told_twice_and_a_name_no_file_can_have_are_named(path: Path) -> None:
+def test_an_item_listed_twice_and_a_name_no_file_can_have_are_named(path: Path) -> None:
     path.write_text('{"item_id": "a"}\n{"item_id": "a", "title": "\\u0000"}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2: item 'a' stands here twice"):
         read_items(path)

@@ -88,7 +88,7 @@ def test_a_readable_picture_of_like_name_is_enough(tmp_path: Path) -> None:
     assert images(data, "train") == {"train0": "a.png.jpg"}
 
 
-def test_some_losses_are_told_by_cause_with_an_example_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_some_losses_are_reported_by_cause_with_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw, data = tmp_path / "raw", tmp_path / "data"
     pictures = {f"page{n}.jpg": b"<html>" for n in range(3)} | {"cut.jpg": noise()[:3000], "cut2.jpg": noise()[:4000]}
     pictures |= {"ok.jpg": picture(), "x/1.jpg": picture("blue"), "y/1.jpg": picture("lime")}

@@ -225,7 +225,7 @@ def test_a_packed_file_is_named_as_such(model: Path, release: Release, tmp_path:
     assert not (tmp_path / "m").exists()
 
 
-def test_a_pointer_of_git_lfs_is_told_so(release: Release, tmp_path: Path) -> None:
+def test_a_pointer_of_git_lfs_is_reported(release: Release, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert one_line(path).endswith("a Git LFS pointer, not the weights themselves; fetch them: git lfs pull")

@@ -68,7 +68,7 @@ def test_how_far_a_picture_is_reduced(width: int, height: int, least: int, scale
     assert pictures.reduction(width, height, least) == scale
 
 
-def test_a_large_jpeg_is_decoded_reduced_and_its_stored_size_is_told() -> None:
+def test_a_large_jpeg_is_decoded_reduced_and_its_stored_size_is_reported() -> None:
     data = encode(noise(400, 800))
     found = pictures.decode(data, 48 * pictures.ROOM)
     assert found.image.size == (400, 200), "else nothing is gained"

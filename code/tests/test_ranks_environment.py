@@ -16,14 +16,14 @@ from tongkuan.base.errors import UserError
 from tongkuan.cli import exits as ending
 from tongkuan.cli.verbs import main
 from tongkuan.ranks.group import join_ranks
-from tongkuan.ranks.place import LAUNCHER, TELL, VARIABLES, Place, find_place, num_ranks
+from tongkuan.ranks.place import LAUNCHER, REPORTS, VARIABLES, Place, find_place, num_ranks
 
 TOP = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def no_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*VARIABLES, LAUNCHER, TELL):
+    for name in (*VARIABLES, LAUNCHER, REPORTS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -116,7 +116,9 @@ def test_a_verb_without_ranks_ignores_the_group(said: str, monkeypatch: pytest.M
         assert ranks.world_size == 1
 
 
-@pytest.mark.parametrize("said", ["RANK=1", "RANK=3 WORLD_SIZE=4", "RANK=1 LOCAL_RANK=1", f"{TELL}=9", f"{LAUNCHER}=1"])
+@pytest.mark.parametrize(
+    "said", ["RANK=1", "RANK=3 WORLD_SIZE=4", "RANK=1 LOCAL_RANK=1", f"{REPORTS}=9", f"{LAUNCHER}=1"]
+)
 def test_an_error_is_always_printed(
     said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +208,7 @@ def test_a_port_that_is_taken_is_the_users_to_change(monkeypatch: pytest.MonkeyP
             pass
 
 
-def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_a_gpu_of_its_own_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     name_group(monkeypatch, f"WORLD_SIZE=4 RANK=3 LOCAL_RANK=3 {MASTER}")

@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    rows.told.clear()
+    rows.noted.clear()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def follow(path: Path, mark: str) -> None:
 @pytest.mark.parametrize(
     "encoding", ["utf-8-sig", "gb18030", "gbk", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"]
 )
-def test_encodings_are_told_and_said_once(path: Path, encoding: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encodings_are_recognised_and_noted_once(path: Path, encoding: str, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_bytes(TEXT.encode(encoding))
     assert read(path) == read(path) == ROWS
     notes = capsys.readouterr().err
@@ -78,7 +78,7 @@ def test_gb18030_holds_rare_characters_too(path: Path, text: str) -> None:
     assert read_items(path) == {"a": Item("a", text)}
 
 
-def test_an_encoding_that_begins_late_is_told(path: Path) -> None:
+def test_an_encoding_that_begins_late_is_reported(path: Path) -> None:
     start = [{"item_id": f"n{number}", "title": "x" * 100} for number in range(20_000)]
     ascii_part = "".join(json.dumps(row) + "\n" for row in start)
     path.write_bytes((ascii_part + TEXT).encode("gb18030"))

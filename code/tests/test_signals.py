@@ -288,7 +288,7 @@ def test_a_disk_that_is_full_at_the_last_save_is_told_though_it_was_asked_to_sto
 
 def telling(words: str) -> str:
     """What a rank does to end in these words (its exit code first)."""
-    return f"os.write(int(os.environ['TONGKUAN_TELL']), {words.encode()!r}); os._exit(1)"
+    return f"os.write(int(os.environ['TONGKUAN_REPORTS']), {words.encode()!r}); os._exit(1)"
 
 
 STOPS, LEFT = "os._exit(143)", telling(f"{LOST} rank 1 lost another one (gloo)")
@@ -307,7 +307,7 @@ STUB = "import os, signal, time; {}; time.sleep(60)"
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_what_ended_ranks_that_were_asked_to_stop_is_told(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_ended_ranks_that_were_asked_to_stop_is_reported(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     *doing, code, told = ENDS[name]
     with Fleet() as fleet:
         fleet.asked = signal.SIGTERM

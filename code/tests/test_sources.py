@@ -181,7 +181,7 @@ def test_rar_and_7z_are_refused_with_the_command_that_unpacks_them(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("start", "kind"), [(b"Rar!\x1a\x07", "rar"), (b"7z\xbc\xaf", "7z"), (b"\x1f\x8b", "tar.gz")])
-def test_an_archive_of_another_kind_that_is_called_zip_is_told(tmp_path: Path, start: bytes, kind: str) -> None:
+def test_an_archive_of_another_kind_that_is_called_zip_is_reported(tmp_path: Path, start: bytes, kind: str) -> None:
     path = put(tmp_path, start + bytes(40))
     line = refused(tmp_path)
     assert line.startswith(f"{path}: not a zip archive but {kind}")

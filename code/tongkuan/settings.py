@@ -345,8 +345,8 @@ def validate(values: dict[str, Any], origins: Origins, source: str) -> Settings:
             if problem["type"] == "extra_forbidden":
                 what = f"unknown setting {name}{nearest(loc[-1], known_keys(loc[:-1]))}; rename or delete it"
             else:
-                told = problem["msg"].removeprefix("Value error, ").lower()
-                what = f"{name[1:-1]}: {told}, found {clip(problem['input'])}; change it"
+                message = problem["msg"].removeprefix("Value error, ").lower()
+                what = f"{name[1:-1]}: {message}, found {clip(problem['input'])}; change it"
             problems.append(f"{where}: {what}")
         raise UserError(*problems) from error
     problems = [f"{source}: {problem}" for problem in contradictions(settings)]

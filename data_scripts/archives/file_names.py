@@ -1,4 +1,4 @@
-"""Which letters the bytes of file names stand for: archives seldom say so, the items' names tell."""
+"""Which letters the bytes of file names stand for: archives seldom say so, the items' names show it."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence

@@ -20,7 +20,7 @@ MAX_INNER = 10_000  # archives inside archives
 # What those may unpack to, all together; pictures are packed already, so honest ones grow little.
 MAX_SPOOL_RATIO = 50  # times the size of the files that they lie in,
 MAX_SPOOL_BYTES = 1 << 30  # or this if it is more
-USUAL = (".jpg", ".jpeg", ".png", ".webp")  # told from archives at a glance
+USUAL = (".jpg", ".jpeg", ".png", ".webp")  # known from archives at a glance
 MAX_NOTES = 5  # of a kind; the ledger names all that is lost
 
 

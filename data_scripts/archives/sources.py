@@ -71,7 +71,7 @@ def checked_size(data: bytes) -> bytes:
 def find_source(raw_dir: Path, split: str, names: Iterable[str] = ()) -> Source | None:
     """A split's pictures: its zip, else the zip's parts, else its folder, else another archive, else None.
 
-    `names` are the pictures that the split's items name: they tell which encoding an archive's names are in. What lies
+    `names` are the pictures that the split's items name: they show which encoding an archive's names are in. What lies
     beside the one that is read is named in its notes. Raises UserError for an archive that is encrypted or not whole.
     """
     wanted = f"item_{split}_images"

@@ -141,7 +141,7 @@ def all_disks(folder: Path, volumes: Volumes) -> tuple[str, ...]:
 
 
 def damage(folder: Path, volumes: Volumes, what: str) -> ArchiveError:
-    """The error for an archive whose table cannot be read: which part is at fault, as far as one can tell."""
+    """The error for an archive whose table cannot be read: which part is damaged, as far as can be seen."""
     paths = [folder / name for name in volumes.names if name]
     with paths[0].open("rb") as file:
         start = file.read(8)

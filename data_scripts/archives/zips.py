@@ -56,7 +56,7 @@ class Entry(NamedTuple):
 
     @property
     def trouble(self) -> str:
-        """Why it cannot be unpacked, as far as the table tells, else nothing."""
+        """Why it cannot be unpacked, as far as the table says, else nothing."""
         if self.flags & 1:
             return "encrypted"
         if self.method in (STORED, DEFLATED, BZIP2, LZMA):
@@ -166,15 +166,15 @@ def widen(field: bytes, size: int, packed: int, start: int, disk: int) -> list[i
 
 def text_of(name: bytes, flags: int, fields: dict[int, bytes]) -> str | None:
     """The name's letters where the archive says which they are, and says so rightly."""
-    told = fields.get(0x7075, b"")
+    utf8 = fields.get(0x7075, b"")
     if flags & 0x800:
-        told = name
-    elif len(told) > 5 and told[0] == 1 and struct.unpack_from("<L", told, 1)[0] == zlib.crc32(name):
-        told = told[5:]
+        utf8 = name
+    elif len(utf8) > 5 and utf8[0] == 1 and struct.unpack_from("<L", utf8, 1)[0] == zlib.crc32(name):
+        utf8 = utf8[5:]
     else:
         return None
     try:
-        return told.decode()
+        return utf8.decode()
     except UnicodeDecodeError:
         return None
 

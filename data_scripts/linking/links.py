@@ -40,7 +40,7 @@ class Cause:
 
 @dataclass(slots=True)
 class Links:
-    """Output name or "" by split and item id, the ledger's rows for names without a file, and what to tell."""
+    """Output name or "" by split and item id, the ledger's rows for names without a file, and what to report."""
 
     images: dict[str, dict[str, str]] = field(default_factory=dict)
     absent: list[Picture] = field(default_factory=list)
@@ -68,9 +68,9 @@ class Links:
         """Causes, the most frequent first."""
         return sorted(self.causes.values(), key=lambda cause: -cause.count)
 
-    def lose(self, text: str, split: str, item: Item, told: str, advice: str) -> None:
+    def lose(self, text: str, split: str, item: Item, detail: str, advice: str) -> None:
         """Count an item that names a picture and gets none."""
-        example = f"{clip(item.image_name, LONGEST_NAME)} of {split} item {clip(item.item_id)}{told}"
+        example = f"{clip(item.image_name, LONGEST_NAME)} of {split} item {clip(item.item_id)}{detail}"
         self.causes.setdefault(text, Cause(text, example, advice)).count += 1
 
     def doubt(self, text: str, split: str, item: Item, picture: Picture, served: str) -> None:

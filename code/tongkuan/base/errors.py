@@ -64,10 +64,10 @@ def unwritable(folder: Path, error: OSError) -> Exception:
     return UserError(f"{folder}: cannot write here ({reason}); mount it writable or name another folder{advice}")
 
 
-def missing(path: Path, told: str) -> UserError:
+def missing(path: Path, message: str) -> UserError:
     """The error to raise for an input that is not there; in the image it ends in what to mount."""
     advice = f"; mount it: docker run -v {quote(volume(path, bool(path.suffix)))}" if IMAGE in os.environ else ""
-    return UserError(f"{path}: {told}{advice}")
+    return UserError(f"{path}: {message}{advice}")
 
 
 def volume(path: Path, is_file: bool) -> str:

@@ -57,7 +57,7 @@ def readers_gone() -> list[int]:
     """Which of standard output and error nobody reads any more."""
     poll = select.poll()
     for number in (OUTPUT, ERROR):
-        poll.register(number, 0)  # hang-ups are told unasked
+        poll.register(number, 0)  # hang-ups are reported unasked
     return [number for number, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from tongkuan.base.errors import NO_ROOM, FailureError, LostError, UserError, clip, is_out_of_memory, one_line
 from tongkuan.base.terminal import CLOSED_PIPE, close_streams, open_streams, readers_gone, redirect_to_nowhere, say
 from tongkuan.cli.verbs import main
-from tongkuan.ranks.place import LOST, TELL, is_own_rank
+from tongkuan.ranks.place import LOST, REPORTS, is_own_rank
 
 SHORTAGE = {
     "train": "lower train.pairs or model.image.size, raise train.accumulate, or set train.checkpoint_activations=true "
@@ -63,7 +63,7 @@ def report_error(error: BaseException, verb: str) -> int:
             return code
         line = f"{type(error).__name__} {clip(str(error), 200)}; its traceback stands above"
     if is_own_rank():
-        tell(line, LOST if isinstance(error, LostError) else code)
+        report_to_launcher(line, LOST if isinstance(error, LostError) else code)
     say(f"tongkuan: {line}")
     return code
 
@@ -85,10 +85,10 @@ def describe(error: BaseException, verb: str) -> str:
     return ""
 
 
-def tell(line: str, code: int) -> None:
+def report_to_launcher(line: str, code: int) -> None:
     """As one of several ranks, report to the launcher, which prints the first report, and exit."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os.write(int(os.environ[TELL]), f"{code} {line}\n".encode(errors="backslashreplace"))
+    os.write(int(os.environ[REPORTS]), f"{code} {line}\n".encode(errors="backslashreplace"))
     os._exit(code)  # ending in order would wait for the other ranks

@@ -71,8 +71,8 @@ def run_similarity(submit_dir: Path, count: int, answers: Path) -> tuple[Scores,
             raise UserError(f"{similarity}: not done after {seconds} s; make compute faster")
         if code:
             complaint.seek(0)
-            told = complaint.read(COMPLAINT).decode(errors="replace")
-            raise UserError(f"{similarity}: failed with exit code {code} ({clip(told, 120)}); mend it")
+            message = complaint.read(COMPLAINT).decode(errors="replace")
+            raise UserError(f"{similarity}: failed with exit code {code} ({clip(message, 120)}); mend it")
         out.seek(0)
         words = out.read(size + 1).split()
     try:

@@ -157,7 +157,7 @@ class Watch:
     """An audit hook: refuses with PermissionError what the kernel's rules refuse, and writes a note of each kind."""
 
     def __init__(self, notes: int, readable: Sequence[str], listable: Sequence[str]) -> None:
-        self.notes, self.told = notes, set[str]()
+        self.notes, self.noted = notes, set[str]()
         self.readable = [os.path.realpath(path) for path in readable]
         self.listable = [os.path.realpath(path) for path in listable]
 
@@ -216,9 +216,9 @@ class Watch:
         raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)}: a similarity.py may not {deed}")
 
     def note(self, deed: str) -> None:
-        if deed in self.told or len(self.told) >= MAX_NOTES:
+        if deed in self.noted or len(self.noted) >= MAX_NOTES:
             return
-        self.told.add(deed)
+        self.noted.add(deed)
         with contextlib.suppress(OSError):
             os.write(self.notes, f"{json.dumps(deed)}\n".encode())
 
@@ -247,7 +247,7 @@ def work(similarity: str, rows: int, scores: int) -> None:
         raise ImportError(similarity)
     module = sys.modules["similarity"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # Not read by the descriptor, whose place in the file processes share: each has all rows, and too many scores tell.
+    # Not read by the descriptor, whose place in the file processes share: each has all rows; too many scores show it.
     with mmap.mmap(rows, 0, access=mmap.ACCESS_READ) as content, open(scores, "w", encoding="utf-8") as out:
         lines = (line.decode("utf-8-sig") for line in iter(content.readline, b""))
         for row in map(json.loads, filter(str.strip, lines)):

@@ -33,7 +33,7 @@ class Task:
     card: ModelCard
     """Settings, tokenizer and text configuration of the model to be."""
     notes: tuple[str, ...] = ()
-    """A line on each thing that the labels cannot tell."""
+    """A line on each thing that the labels leave open."""
 
     @property
     def is_undecided(self) -> bool:
@@ -79,7 +79,7 @@ def valid_labels_note(path: Path, pairs: Sequence[Pair]) -> str:
     if (label := only_label(pairs)) is None:
         return ""
     return (
-        f"note: {path}: only pairs of label {label}: no threshold can be chosen there and no step be told the best, so "
+        f"note: {path}: only pairs of label {label}: no threshold and no best step can be chosen there, so "
         f"the last step's model is kept, with threshold 0, as trained; add pairs of label {1 - label}, or draw train "
         "and valid anew: ./entrypoint.sh split"
     )

@@ -112,8 +112,8 @@ def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
         if path.is_dir():
             raise UserError(f"{path}: a folder, no model; {folder_advice(path)}")
         raise missing(path, "no such model; run ./entrypoint.sh train, or name one with --model")
-    if told := packing(path):
-        raise UserError(f"{path}: {told}")
+    if advice := packing(path):
+        raise UserError(f"{path}: {advice}")
     if (kind := kind_of(path)) in ("archive", "pickle"):
         raise UserError(f"{path}: {torch_file_advice(path)}")
     try:

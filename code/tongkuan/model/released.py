@@ -120,8 +120,8 @@ def read_params(path: Path, shown: Path) -> tuple[dict[str, Tensor], str]:
 def read_content(path: Path, shown: Path) -> object:
     """What a torch file or a safetensors file holds, tensors mapped from it."""
     try:
-        if told := packing(path):
-            raise UserError(f"{shown}: {told}")
+        if advice := packing(path):
+            raise UserError(f"{shown}: {advice}")
         kind = kind_of(path)
         if kind == "safetensors":
             quoted = shlex.quote(str(shown))
@@ -192,14 +192,14 @@ def check_keys(
     problems["of no plain numbers"] = [
         f"{key} {params[key].dtype}" for key in wanted if key in params and not is_plain(params[key])
     ]
-    told = [
+    wrong = [
         f"{len(keys)} {problem} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
         for problem, keys in problems.items()
         if keys
     ]
-    if told:
+    if wrong:
         advice = "name the recipe's encoders with --preset, --text-encoder and model.image.architecture=…"
-        raise UserError(f"{shown}: keys {'; '.join(told)}; not imported; {advice}")
+        raise UserError(f"{shown}: keys {'; '.join(wrong)}; not imported; {advice}")
 
 
 def is_plain(value: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from tongkuan.base.errors import FailureError, LostError, UserError, clip
 from tongkuan.base.machine import available_cores
-from tongkuan.ranks.place import GO_ON, LAUNCHER, STOPPING, TELL, Place, alone, find_place, seconds_of
+from tongkuan.ranks.place import GO_ON, LAUNCHER, REPORTS, STOPPING, Place, alone, find_place, seconds_of
 
 T = TypeVar("T")
 # How gloo, NCCL and torch's store say that the other end has gone.
@@ -160,7 +160,8 @@ def exiting_at_once() -> Iterator[None]:
     def listen() -> None:
         for number in iter(lambda: os.read(reading, 1), b""):
             if number[0] in STOPPING:
-                os.write(2, b"tongkuan: stopped while waiting for the other ranks\n" if TELL not in os.environ else b"")
+                if REPORTS not in os.environ:
+                    os.write(2, b"tongkuan: stopped while waiting for the other ranks\n")
                 os._exit(128 + number[0])
 
     thread = threading.Thread(target=listen, name="stop while joining", daemon=True)

@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from tongkuan.base.machine import available_cores
 from tongkuan.base.terminal import CLOSED_PIPE, say
-from tongkuan.ranks.place import GO_ON, LAUNCHER, LOST, STOPPING, TELL, seconds_of
+from tongkuan.ranks.place import GO_ON, LAUNCHER, LOST, REPORTS, STOPPING, seconds_of
 
 LEAVE_SECONDS = 2  # beyond TONGKUAN_STOP_SECONDS, after which ranks that were asked to stop are ended
 # By exit code, which is negative where no handler of Python's was there yet.
@@ -45,7 +45,7 @@ def launch(world_size: int, arguments: Sequence[str]) -> int:
 
 
 class Fleet:
-    """The ranks as their launcher sees them: processes, and pipes on which they tell what ended them."""
+    """The ranks as their launcher sees them: processes, and pipes on which they report what ended them."""
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -68,7 +68,7 @@ class Fleet:
     def start(self, rank: int, command: Sequence[str], shared: dict[str, str]) -> None:
         """Start a rank, in a session of its own: a terminal's Ctrl-C would come twice, from it and from here."""
         reading, writing = os.pipe()
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), TELL: str(writing)}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), REPORTS: str(writing)}
         self._stack.callback(os.close, reading)
         self._pipes.register(reading, selectors.EVENT_READ, rank)
         try:
@@ -93,9 +93,9 @@ class Fleet:
             left = None if self._leave is None else max(0.0, self._leave - time.monotonic())
             ready = self._pipes.select(min(1.0, 1.0 if left is None else left))
             for key, _ in ready:
-                rank, (code, told) = key.data, self._end_of(key)
+                rank, (code, message) = key.data, self._end_of(key)
                 if code == LOST:
-                    lost = lost or told
+                    lost = lost or message
                     self._let_go()
                 elif code in STOPPED:  # as it was asked to, from here or by somebody else
                     stopped = stopped or 128 + (self.asked or STOPPED[code])
@@ -103,7 +103,7 @@ class Fleet:
                 elif code == CLOSED_PIPE:
                     return code
                 elif code:
-                    say(f"tongkuan: {describe_end(rank, code, told)}")
+                    say(f"tongkuan: {describe_end(rank, code, message)}")
                     return 2 if code == 2 else 1
             if not ready and left == 0:
                 break
@@ -112,11 +112,11 @@ class Fleet:
         return stopped or (1 if lost or self._pipes.get_map() else 0)
 
     def _end_of(self, key: selectors.SelectorKey) -> tuple[int, str]:
-        """(exit code, negative for a signal; what it told) of a rank that has told an error or closed its pipe."""
-        told = os.read(key.fd, 1 << 16).decode(errors="replace").strip()
+        """(exit code, negative for a signal; its message) of a rank that has reported an error or closed its pipe."""
+        message = os.read(key.fd, 1 << 16).decode(errors="replace").strip()
         self._pipes.unregister(key.fd)
-        if told:  # before it ends, and before others stumble over its end
-            code, _, line = told.partition(" ")
+        if message:  # before it ends, and before others stumble over its end
+            code, _, line = message.partition(" ")
             return int(code), line
         return self.processes[key.data].wait(), ""
 
@@ -130,10 +130,10 @@ class Fleet:
         self._leave = self._leave or time.monotonic() + seconds_of("TONGKUAN_STOP_SECONDS") + LEAVE_SECONDS
 
 
-def describe_end(rank: int, code: int, told: str) -> str:
-    """A line on what ended a rank: what it told, which has the exit code 2 when it is the user's to mend."""
-    if told:
-        return told if code == 2 else f"rank {rank}: {told}"
+def describe_end(rank: int, code: int, message: str) -> str:
+    """A line on what ended a rank: its message, which has the exit code 2 when it is the user's to mend."""
+    if message:
+        return message if code == 2 else f"rank {rank}: {message}"
     if code > 0:
         return f"rank {rank} ended with exit code {code} and without a word; {GO_ON}"
     reasons = {

@@ -14,9 +14,9 @@ from tongkuan.base.terminal import say
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MOST_RANKS = 100_000
 FEW_RANKS = 16  # so many may be asked for on any machine without GPUs
-# Set by our own launcher for its ranks: its process id, and the descriptor on which a rank tells what ended it.
-LAUNCHER, TELL = "TONGKUAN_LAUNCHER", "TONGKUAN_TELL"
-LOST = 3  # what a rank tells it instead of exit code 1 when all that it knows is that another one has gone
+# Set by our own launcher for its ranks: its process id, and the descriptor on which a rank reports what ended it.
+LAUNCHER, REPORTS = "TONGKUAN_LAUNCHER", "TONGKUAN_REPORTS"
+LOST = 3  # what a rank reports instead of exit code 1 when all that it knows is that another one has gone
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 GO_ON = "the same command goes on from the last checkpoint"
 # Seconds, each to be changed by an environment variable of this name.
@@ -42,7 +42,7 @@ class Place:
 
 def is_own_rank() -> bool:
     """Whether our own launcher has started this process."""
-    return os.environ.get(LAUNCHER) == str(os.getppid()) and TELL in os.environ
+    return os.environ.get(LAUNCHER) == str(os.getppid()) and REPORTS in os.environ
 
 
 def find_place() -> Place:

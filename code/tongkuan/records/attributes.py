@@ -76,7 +76,7 @@ class Coverage:
     """What items have of attributes: items with a text, with one of the keys asked for, and texts without any key."""
 
     num_items: int = 0
-    num_told: int = 0
+    num_with_text: int = 0
     num_covered: int = 0
     num_unread: int = 0
     first_unread: tuple[str, str] = ("", "")
@@ -91,7 +91,7 @@ def count_coverage(items: Iterable[Item], keys: Sequence[str], style: AttributeS
     for item in items:
         found.num_items += 1
         texts = [text for text in (item.item_attributes, item.sku_attributes) if text.strip()]
-        found.num_told += bool(texts)
+        found.num_with_text += bool(texts)
         present: set[str] = set()
         for text in texts:
             present |= (names := parse_attributes(text, style).keys())
@@ -115,7 +115,7 @@ def coverage_lines(
             f"note: {found.num_unread:,} attribute texts yield no key, first item {clip(item_id)}: {clip(text)}; "
             "write them as key:value;key:value"
         )
-    if keys and found.num_told and not found.num_covered:
+    if keys and found.num_with_text and not found.num_covered:
         warning = f"warning: no item has any of {asked}, so titles are all the text that is read"
         if offered := keys_to_offer(found):
             common = ", ".join(f"{clip(key)} {found.keys[key]:,}" for key in offered)

@@ -1,4 +1,4 @@
-"""What the labels of pairs cannot tell: only one of the two, or both of the same pair. No model, no tensor."""
+"""What the labels of pairs leave open: only one of the two, or both of the same pair. No model, no tensor."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -16,7 +16,7 @@ NAMES = {0: "different", 1: "the same product"}
 
 
 def pair_key(pair: Pair) -> tuple[str, str]:
-    """The same for a pair told from either end."""
+    """The same for a pair written either way round."""
     return min((pair.left, pair.right), (pair.right, pair.left))
 
 
@@ -28,12 +28,12 @@ def only_label(pairs: Sequence[Pair]) -> int | None:
 
 def contradictory(pairs: Sequence[Pair]) -> list[int]:
     """Indices at which a label contradicts the pairs before it, or calls an item different from itself."""
-    told: dict[tuple[str, str], int] = {}
+    expected_labels: dict[tuple[str, str], int] = {}
     found = []
     for index, pair in enumerate(pairs):
         if pair.label is None:
             continue
-        expected = 1 if pair.left == pair.right else told.setdefault(pair_key(pair), pair.label)
+        expected = 1 if pair.left == pair.right else expected_labels.setdefault(pair_key(pair), pair.label)
         if pair.label != expected:
             found.append(index)
     return found

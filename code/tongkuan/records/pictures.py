@@ -28,8 +28,8 @@ TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels"
 ROOM = 4
 QUALITY = 95  # of the JPEGs that resize makes, stored without halving the colours' resolution
 LOSSLESS = ("PNG", "BMP", "PPM")
-PLAIN = {"jfif", "jfif_version", "jfif_unit", "jfif_density"}  # what Pillow tells of them
-SIDE = 384  # pixels of such a JPEG unless resize is told otherwise
+PLAIN = {"jfif", "jfif_version", "jfif_unit", "jfif_density"}  # what Pillow says of them
+SIDE = 384  # pixels of such a JPEG unless resize is given another
 ENOUGH_ROWS = 0.5  # a truncated picture is kept when at least this share of its rows was decoded
 
 

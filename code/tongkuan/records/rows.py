@@ -33,11 +33,11 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 MAX_LINE = 64 << 20  # bytes; a line is held in memory whole, as is an object that stands over several
 BOM = b"\xef\xbb\xbf"
 EXACT = 2.0**53  # from here on two whole numbers can be one float
-HEAD = 1 << 16  # bytes by which a file's form is told
+HEAD = 1 << 16  # bytes by which a file's form is recognised
 NUM_LISTS = 8  # in a wrapping object, that are looked through for the lines of its records
 LIST, SPREAD, WRAPPED = "a JSON list", "objects over several lines", "a list within an object"
 SEVERAL, COMMAS, NULLS = "several objects a line", "commas between objects", "NaN"
-told: set[str] = set()  # notes of this process: a file that several readers read is spoken of once
+noted: set[str] = set()  # notes of this process: a file that several readers read is spoken of once
 
 
 def given(path: Path) -> Path:
@@ -82,8 +82,8 @@ def read_plain_rows(path: Path, advice: str) -> Rows:
 
 def note(text: str) -> None:
     """Say something of a file once, on the first rank."""
-    if text not in told and os.environ.get("LOCAL_RANK", "0") == "0":
-        told.add(text)
+    if text not in noted and os.environ.get("LOCAL_RANK", "0") == "0":
+        noted.add(text)
         print(f"note: {text}", file=sys.stderr)
 
 
@@ -263,7 +263,7 @@ def too_long(path: Path, error: TooLongError) -> UserError:
 
 
 def lines_within(text: bytes, records: list[dict[str, Any]], first_line: int) -> list[int]:
-    """The lines on which the records of a wrapping object begin; its own line when they cannot be told."""
+    """The lines on which the records of a wrapping object begin; its own line when those are not known."""
     for match in islice(re.finditer(rb"\[\s*\{", text), NUM_LISTS):
         line = first_line + text.count(b"\n", 0, match.start())
         try:

@@ -18,7 +18,7 @@ from tongkuan.records.unfit import beside, in_place, packed
 BLOCK = 1 << 20  # bytes read ahead
 MAX_LINE = 64 << 20  # bytes; a line is held in memory whole
 MAX_WRAPS = 3  # of gzip around gzip
-SAMPLE = 1 << 16  # bytes by which an encoding is told
+SAMPLE = 1 << 16  # bytes by which an encoding is recognised
 UTF8 = "utf-8"
 GB18030 = "gb18030"
 MARKS = (
@@ -123,10 +123,10 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def absent(path: Path, told: str) -> UserError:
+def absent(path: Path, message: str) -> UserError:
     """The error to raise for records that are not there; it names those that lie beside in another form."""
     found = beside(path)
-    return UserError(f"{path}: missing; {found}") if found else missing(path, told)
+    return UserError(f"{path}: missing; {found}") if found else missing(path, message)
 
 
 def peek(file: BinaryIO, size: int) -> bytes:

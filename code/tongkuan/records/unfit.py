@@ -94,8 +94,8 @@ def beside(path: Path) -> str:
         source = path.with_name(path.name + ending)
         if os.path.isfile(source):  # noqa: PTH113 - of any name
             with source.open("rb") as file:
-                told = packed(path, file.read(4096), source)
-            return f"{source.name} lies there: {told}" if told else ""
+                what = packed(path, file.read(4096), source)
+            return f"{source.name} lies there: {what}" if what else ""
     for ending in (".json", ".ndjson", ".txt", ".csv", ".tsv", ".xlsx"):
         source = path.with_suffix(ending)
         if os.path.isfile(source):  # noqa: PTH113 - of any name

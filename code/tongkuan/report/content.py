@@ -191,8 +191,8 @@ def faults(found: Sequence[Contradiction], alike: Sequence[Twin] | None, picture
 
 def hashes(submit_dir: Path, manifest: Mapping[str, Any]) -> list[tuple[str, str, bool | None]]:
     """(file, SHA-256 as it lies there, whether the manifest says the same; None when it says nothing)."""
-    told = manifest.get("sha256")
-    known = told if isinstance(told, dict) else {}
+    found = manifest.get("sha256")
+    known = found if isinstance(found, dict) else {}
     found = []
     for key, name in (("result", "result.jsonl"), ("similarity", "similarity.py")):
         digest = sha256_of(submit_dir / name)

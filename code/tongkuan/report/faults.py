@@ -58,8 +58,8 @@ def read_sides(data_dir: Path, pairs_path: Path, pairs: Sequence[Pair]) -> dict[
 
 def contradictions(sides: Mapping[str, Sequence[Pair]]) -> list[Contradiction]:
     """Pairs labelled different whose items the "same" labels join, directly or through other items, or are one."""
-    told = [(pair, name) for name, pairs in sides.items() for pair in pairs]
-    same = [pair for pair, _ in told if pair.label == 1]
+    labelled = [(pair, name) for name, pairs in sides.items() for pair in pairs]
+    same = [pair for pair, _ in labelled if pair.label == 1]
     group_of: dict[str, int] = {}
     neighbours: dict[str, set[str]] = {}
     for number, group in enumerate(components(same)):
@@ -69,7 +69,7 @@ def contradictions(sides: Mapping[str, Sequence[Pair]]) -> list[Contradiction]:
             neighbours.setdefault(left, set()).add(right)
             neighbours.setdefault(right, set()).add(left)
     found: dict[tuple[str, str], Contradiction] = {}
-    for pair, name in told:
+    for pair, name in labelled:
         left, right = sorted((pair.left, pair.right))
         is_joined = left == right or (left in group_of and group_of[left] == group_of.get(right))
         if pair.label == 0 and is_joined and (left, right) not in found:

@@ -66,9 +66,9 @@ def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]
         figures = f"{quality.f1:7.4f} [{low:.4f}, {high:.4f}] {quality.precision:10.4f} {quality.recall:7.4f}"
         print(f"{name + f' {threshold:.4f}':>24} {figures}")
     if len(np.unique(labels)) == 1:
-        told = "1 below all scores" if labels[0] == 1 else "0 at any threshold"
+        value = "1 below all scores" if labels[0] == 1 else "0 at any threshold"
         advice = f"add pairs of label {1 - labels[0]}, or name another --split"
-        print(f"note: only pairs of label {labels[0]}: F1 is {told}, so none can be called the best here; {advice}")
+        print(f"note: only pairs of label {labels[0]}: F1 is {value}, so none can be called the best here; {advice}")
         return
     cut, f1 = best_threshold(scores, labels)
     print(f"{'best on these ' + f'{cut:.4f}':>24} {f1:7.4f}  (an upper bound: chosen on the pairs it is measured on)")
