@@ -214,8 +214,8 @@ def test_any_damaged_profile_gives_a_picture(odd: tuple[str, bytes], changes: li
     content = bytearray(icc)
     for place, value in changes:
         content[place % len(content)] = value
-    image, complaint = colours.to_srgb(Image.new(mode, (4, 4)), bytes(content[: len(content) - cut]))
-    assert image is None or (image.mode, image.size, complaint) == ("RGB", (4, 4), "")
+    image, problem = colours.to_srgb(Image.new(mode, (4, 4)), bytes(content[: len(content) - cut]))
+    assert image is None or (image.mode, image.size, problem) == ("RGB", (4, 4), "")
 
 
 def test_the_profiles_here_are_what_they_are_taken_for() -> None:

@@ -26,7 +26,7 @@ SECONDS_A_PAIR = 0.05
 START_SECONDS = 60
 STOP_SECONDS = 10  # that ending all of a stranger's processes may take
 MEMORY = 4 << 30  # bytes a process of the stranger's
-COMPLAINT = 4096  # bytes of the stranger's error that are looked at
+ERROR_BYTES = 4096  # bytes of the stranger's error that are looked at
 NOTES = 1 << 16  # bytes of notes on what was tried
 SHOWN_NOTES = 8
 MAX_FILES = 1000  # of its folder that it may read
@@ -53,7 +53,7 @@ def run_similarity(submit_dir: Path, count: int, answers: Path) -> tuple[Scores,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         opened(result) as rows,
         tempfile.TemporaryFile() as out,  # no names: what a stranger puts in a file's place would be read here
-        tempfile.TemporaryFile() as complaint,
+        tempfile.TemporaryFile() as failure,
         tempfile.TemporaryFile() as tried,
         tempfile.TemporaryFile() as rules,
     ):
@@ -61,7 +61,7 @@ def run_similarity(submit_dir: Path, count: int, answers: Path) -> tuple[Scores,
         allowed = readable(submit_dir, answers, Path(folder))
         rules.write(json.dumps({**allowed, "landlock": landlock, "filter": is_filtered}).encode())
         rules.seek(0)
-        files = [file.fileno() for file in (rows, out, complaint, tried, rules)]
+        files = [file.fileno() for file in (rows, out, failure, tried, rules)]
         command = [sys.executable, "-IB", guard_process.__file__, str(similarity.resolve())]
         code = run_bounded([*command, *map(str, (*files, seconds, MEMORY, size))], files, Path(folder), seconds)
         notes = describe(tried, landlock, is_filtered)
@@ -70,8 +70,8 @@ def run_similarity(submit_dir: Path, count: int, answers: Path) -> tuple[Scores,
         if code is None:
             raise UserError(f"{similarity}: not done after {seconds} s; make compute faster")
         if code:
-            complaint.seek(0)
-            message = complaint.read(COMPLAINT).decode(errors="replace")
+            failure.seek(0)
+            message = failure.read(ERROR_BYTES).decode(errors="replace")
             raise UserError(f"{similarity}: failed with exit code {code} ({clip(message, 120)}); mend it")
         out.seek(0)
         words = out.read(size + 1).split()

@@ -276,7 +276,7 @@ def end_all() -> None:
 
 def main(similarity: str, numbers: Sequence[int]) -> int:
     """The stranger's exit code. Numbers: descriptors of five files; seconds; bytes of memory and of a file."""
-    rows, scores, complaint, notes, rules_file, seconds, memory, size = numbers
+    rows, scores, failure, notes, rules_file, seconds, memory, size = numbers
     with open(rules_file, encoding="utf-8") as file:
         rules = json.load(file)
     prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans below this process come to it
@@ -302,7 +302,7 @@ def main(similarity: str, numbers: Sequence[int]) -> int:
             sys.addaudithook(watch)
             work(similarity, rows, scores)
         except Exception as error:
-            os.write(complaint, f"{type(error).__name__}: {error}"[:1000].encode(errors="replace"))
+            os.write(failure, f"{type(error).__name__}: {error}"[:1000].encode(errors="replace"))
             sys.exit(1)
         sys.exit(0)
     try:

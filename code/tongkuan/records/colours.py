@@ -26,8 +26,8 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image | No
         return None, "colour profile not used: it is damaged"
     if len(profile) > MAX_PROFILE:
         return None, f"colour profile not used: larger than {MAX_PROFILE >> 20} MB"
-    transform, complaint = transform_of(profile, planes.mode)
-    return (None, complaint) if transform is None else (transform.apply(planes), "")
+    transform, problem = transform_of(profile, planes.mode)
+    return (None, problem) if transform is None else (transform.apply(planes), "")
 
 
 def base_mode(mode: str) -> str:
@@ -38,9 +38,9 @@ def base_mode(mode: str) -> str:
 # A shop's pictures share a few profiles, and building a transform takes as long as applying it to a picture.
 @functools.lru_cache(maxsize=16)
 def transform_of(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """(transform from `mode` to RGB, ""), or (None, complaint); no transform and no complaint: it is sRGB already."""
-    if fault := fault_of(profile, mode):
-        return None, f"colour profile not used: {fault}"
+    """(transform from `mode` to RGB, ""), or (None, problem); no transform and no problem: it is sRGB already."""
+    if problem := problem_of(profile, mode):
+        return None, f"colour profile not used: {problem}"
     try:
         # Perceptual: the table that browsers take, and for profiles without tables the same as relative colorimetric.
         transform = ImageCms.buildTransform(
@@ -59,7 +59,7 @@ def transform_of(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform 
     return (None, "") if np.abs(moved).max() <= SAME else (transform, "")
 
 
-def fault_of(profile: bytes, mode: str) -> str:
+def problem_of(profile: bytes, mode: str) -> str:
     """What forbids a profile for a picture of this mode, in a few words; "" when nothing does."""
     if len(profile) < HEADER + 4 or profile[36:40] != b"acsp":
         return "it is damaged"

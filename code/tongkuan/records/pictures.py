@@ -248,9 +248,9 @@ def decode_now(data: bytes, least: int | None = None) -> Decoded:
         if image.format == "JPEG2000" and not profile:
             profile = jpeg2000_profile(data) or b""
         turned = upright(image)
-        rgb, complaint = to_rgb(turned, profile)
-        is_plain = image.format in LOSSLESS and turned is image and rgb is image and width == height and not complaint
-        return Decoded(rgb, width, height, image.format, complaint, False, is_prepared(image), is_plain)
+        rgb, problem = to_rgb(turned, profile)
+        is_plain = image.format in LOSSLESS and turned is image and rgb is image and width == height and not problem
+        return Decoded(rgb, width, height, image.format, problem, False, is_prepared(image), is_plain)
 
 
 def is_prepared(image: Image.Image) -> bool:
@@ -304,9 +304,9 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, profile: bytes | None = b"") -> tuple[Image.Image, str]:
-    """(RGB, 8 bits, complaint): deep greys scaled rather than cut off at 255, sRGB, transparency on white.
+    """(RGB, 8 bits, problem): deep greys scaled rather than cut off at 255, sRGB, transparency on white.
 
-    `profile` is the embedded ICC profile, b"" without one; the complaint says why it was not used, else "".
+    `profile` is the embedded ICC profile, b"" without one; the problem says why it was not used, else "".
     """
     colours, layered = image, None
     if image.mode.startswith(("I", "F")):
@@ -316,15 +316,15 @@ def to_rgb(image: Image.Image, profile: bytes | None = b"") -> tuple[Image.Image
             layered = layered.convert("RGBA")
     elif image.has_transparency_data:
         layered = image.convert("RGBA")
-    complaint = ""
+    problem = ""
     if profile != b"":
-        converted, complaint = to_srgb(colours, profile if isinstance(profile, bytes) else None)
+        converted, problem = to_srgb(colours, profile if isinstance(profile, bytes) else None)
         colours = converted or colours
     if layered is None:
-        return (colours if colours.mode == "RGB" else colours.convert("RGB")), complaint  # which would copy
+        return (colours if colours.mode == "RGB" else colours.convert("RGB")), problem  # which would copy
     page = Image.new("RGB", image.size, "white")
     page.paste(layered if colours.mode != "RGB" else colours, mask=layered.getchannel("A"))
-    return page, complaint
+    return page, problem
 
 
 def shallow(image: Image.Image) -> Image.Image:
