@@ -13,7 +13,7 @@ import httpx2
 import orjson
 from tqdm import tqdm
 
-from data_scripts.transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_fault, is_archive
+from data_scripts.transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_damage, is_archive
 from tongkuan.base.errors import UserError, entrypoint
 from tongkuan.base.files import READ_BLOCK, alone, check_apart, publish, rename, sha256_of
 
@@ -168,7 +168,7 @@ class Record:
             if wanted.changed or not is_vouched or not path.is_file():
                 return False
             sha256 = sha256_of(path)
-            if find_fault(path, sha256, wanted):
+            if find_damage(path, sha256, wanted):
                 return False
             self.note(path, wanted.name, sha256)
         entry = self.files[wanted.name]
@@ -201,10 +201,10 @@ def bring(wanted: Wanted, record: Record, patience: Patience) -> None:
     else:
         fetch(wanted.source, wanted, partial, patience)
     sha256 = sha256_of(partial.path)
-    if fault := find_fault(partial.path, sha256, wanted):
+    if damage := find_damage(partial.path, sha256, wanted):
         partial.discard()
         advice = "what came was deleted; check where it comes from and run the same command again"
-        raise UserError(f"{wanted.where}: {wanted.name} {fault}; {advice}")
+        raise UserError(f"{wanted.where}: {wanted.name} {damage}; {advice}")
     record.publish(partial.path, wanted.name, sha256, changed=wanted.changed)
     partial.discard()
 

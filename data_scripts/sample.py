@@ -37,7 +37,7 @@ ANSWERS = "item_test_answers.jsonl"
 # Dealt like cards, so that a small catalogue has every suffix too. A .SS2 file is a JPEG under another name.
 SUFFIXES = (".jpg",) * 40 + (".jpeg",) * 3 + (".png",) * 2 + (".gif",) * 2 + (".bmp",) + (".SS2",) * 2
 BULKY = (".png", ".gif", ".bmp")  # kept small in pixels
-FAULTS = {"train": ("truncated", "unreadable", "missing"), "valid": ("truncated",), "test": ("truncated", "missing")}
+DEFECTS = {"train": ("truncated", "unreadable", "missing"), "valid": ("truncated",), "test": ("truncated", "missing")}
 LAYER = 240  # pixels a side on which a product is drawn before it is scaled into its picture
 OUTLINE, TRIM = (62, 60, 64), (84, 80, 88)  # RGB of every product, whatever its colour
 # Random streams: the plan draws from (seed, 0), the picture of item i from (seed, 1, split, i).
@@ -64,7 +64,7 @@ def plan(products: int, seed: int = 0) -> Catalogue:
     """The catalogue without its pictures: quick, and the same for the same arguments."""
     rng = generator(seed, 0)
     ids, names, suffixes = opaque_ids(rng), opaque_names(rng), deal(rng, SUFFIXES)
-    listings: dict[str, list[Listing]] = {split: [] for split in FAULTS}
+    listings: dict[str, list[Listing]] = {split: [] for split in DEFECTS}
     for product in plan_products(rng, products):
         for _ in range(int(rng.integers(ITEMS_A_PRODUCT[0], ITEMS_A_PRODUCT[1] + 1))):
             image_name = next(names) + next(suffixes)
@@ -72,7 +72,7 @@ def plan(products: int, seed: int = 0) -> Catalogue:
             listings[product.family.split].append(Listing(product, row, image_name))
     for split, rows in listings.items():
         rows = [rows[index] for index in rng.permutation(len(rows))]
-        listings[split] = with_faults(rows, FAULTS[split], share_stem=split == "train")
+        listings[split] = with_defects(rows, DEFECTS[split], share_stem=split == "train")
     pairs = {split: plan_pairs(rng, rows) for split, rows in listings.items()}
     return Catalogue(listings, pairs)
 
@@ -93,11 +93,11 @@ def opaque_names(rng: Rng) -> Iterator[str]:
         yield f"O1CN01{rng.integers(1 << 60):015x}"
 
 
-def with_faults(rows: list[Listing], faults: Sequence[str], share_stem: bool) -> list[Listing]:
+def with_defects(rows: list[Listing], defects: Sequence[str], share_stem: bool) -> list[Listing]:
     """The rows with one faulty picture each for the first of them, and perhaps a .jpg and a .png of one stem."""
     jpegs = [index for index, listing in enumerate(rows) if listing.image_name.endswith(".jpg")]
-    for index, fault in zip(jpegs, faults, strict=False):
-        rows[index] = replace(rows[index], fault=fault)
+    for index, defect in zip(jpegs, defects, strict=False):
+        rows[index] = replace(rows[index], defect=defect)
     if share_stem:
         twin = rows[jpegs[-2]]
         name = Path(rows[jpegs[-1]].image_name).stem + ".png"
@@ -265,8 +265,8 @@ def draw_badge(rng: Rng, picture: Image.Image) -> None:
 
 
 def encode_picture(rng: Rng, listing: Listing) -> bytes:
-    """The bytes of a listing's picture file, spoilt if it has a fault."""
-    if listing.fault == "unreadable":
+    """The bytes of a listing's picture file, spoilt if it has a defect."""
+    if listing.defect == "unreadable":
         return rng.bytes(4000)
     suffix = Path(listing.image_name).suffix
     picture, file = photograph(rng, listing.product.look, suffix in BULKY), io.BytesIO()
@@ -275,7 +275,7 @@ def encode_picture(rng: Rng, listing: Listing) -> bytes:
         reduced.save(file, {".png": "PNG", ".gif": "GIF", ".bmp": "BMP"}[suffix])
     else:
         picture.save(file, "JPEG", quality=int(rng.integers(60, 91)))
-    return file.getvalue()[: file.tell() * 4 // 5] if listing.fault == "truncated" else file.getvalue()
+    return file.getvalue()[: file.tell() * 4 // 5] if listing.defect == "truncated" else file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,10 +299,10 @@ def write_catalogue(raw_dir: Path, catalogue: Catalogue, seed: int) -> int:
             # By product, so that the cache holds what is drawn again; the order of the files stays that of the items.
             for index in sorted(range(len(rows)), key=lambda index: rows[index].product.number):
                 listing = rows[index]
-                if listing.fault != "missing":
+                if listing.defect != "missing":
                     pictures[listing.image_name] = encode_picture(generator(seed, 1, number, index), listing)
                 progress.update()
-            stray = replace(rows[0], image_name=next(opaque_names(generator(seed, 2, number))) + ".jpg", fault="")
+            stray = replace(rows[0], image_name=next(opaque_names(generator(seed, 2, number))) + ".jpg", defect="")
             pictures[stray.image_name] = encode_picture(generator(seed, 2, number, 1), stray)  # named by no item
             publish_pictures(made, split, dict(sorted(pictures.items())))
             num_pictures += len(pictures)

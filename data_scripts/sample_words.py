@@ -191,12 +191,12 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """One item line, as it will be written, and the truth behind it. `fault` names what is wrong with its picture."""
+    """One item line, as it will be written, and the truth behind it. `defect` names what is wrong with its picture."""
 
     product: Product
     row: dict[str, Any]
     image_name: str
-    fault: str = ""
+    defect: str = ""
 
     @property
     def item_id(self) -> str:

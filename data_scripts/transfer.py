@@ -247,7 +247,7 @@ def asked_pause(headers: httpx2.Headers) -> float:
     return 0
 
 
-def find_fault(path: Path, sha256: str, wanted: Wanted) -> str:
+def find_damage(path: Path, sha256: str, wanted: Wanted) -> str:
     """What is wrong with the bytes that came for a file, else ""."""
     size = path.stat().st_size
     if wanted.size not in (None, size):

@@ -29,7 +29,7 @@ SETTINGS = ModelSettings.model_validate(
 def make_items(num_items: int, images: Path) -> dict[str, Item]:
     """Items of the sample catalogue, each with a picture in `images` and a text of TOKENS characters."""
     products = max(24, num_items // 3)
-    listings = [row for rows in sample.plan(products).listings.values() for row in rows if not row.fault]
+    listings = [row for rows in sample.plan(products).listings.values() for row in rows if not row.defect]
     generator = np.random.default_rng(0)
     words = "".join(str(row.row.get("title") or "") for row in listings)
     items: dict[str, Item] = {}

@@ -120,7 +120,7 @@ class Server(ThreadingHTTPServer):
         self.files, self.misbehave, self.released = {**CONTENT, **PARTS}, behave, threading.Event()
         self.ranges: list[str | None] = []
         self.conditions: list[str | None] = []
-        self.faults: list[BaseException | None] = []
+        self.errors: list[BaseException | None] = []
 
     def links(self, path: Path, *names: str, **options: object) -> Path:
         """A list of links to the files."""
@@ -132,7 +132,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, *_: Any) -> None:
         """A client that hangs up is what some tests are about, any other error is a test's own."""
         if not isinstance(sys.exception(), ConnectionError):
-            self.faults.append(sys.exception())
+            self.errors.append(sys.exception())
 
 
 @contextmanager
@@ -142,4 +142,4 @@ def serving() -> Iterator[Server]:
         yield server
         server.released.set()
         server.shutdown()
-    assert not server.faults
+    assert not server.errors

@@ -210,7 +210,7 @@ def test_checking_a_folder_makes_it_and_leaves_it_empty(tmp_path: Path) -> None:
     assert names(tmp_path / "a" / "b") == []
 
 
-def test_a_failing_disk_is_not_called_the_users_fault(tmp_path: Path) -> None:
+def test_a_failing_disk_is_not_called_the_users_error(tmp_path: Path) -> None:
     assert isinstance(unwritable(tmp_path, OSError(errno.EROFS, "")), UserError)
     error = OSError(errno.EIO, "")
     assert unwritable(tmp_path, error) is error

@@ -24,7 +24,7 @@ from tongkuan.encode import cache
 from tongkuan.encode.store import ItemStore, side_of
 from tongkuan.records import pictures
 from tongkuan.records.items import Item
-from tongkuan.report.faults import thumbnail
+from tongkuan.report.problems import thumbnail
 from tongkuan.report.views import Pictures
 from tongkuan.result.predict import predict
 

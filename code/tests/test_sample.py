@@ -113,13 +113,13 @@ def test_pairs_name_known_items_and_splits_share_none(raw: Path) -> None:
 
 def test_pictures_are_as_disorderly_as_promised(raw: Path) -> None:
     seen: Counter[str] = Counter()
-    for split, faults in sample.FAULTS.items():
+    for split, defects in sample.DEFECTS.items():
         files, items = pictures(raw, split), read_items(raw / f"item_{split}_info.jsonl")
         named = {item.image_name for item in items.values()}
         assert len(named) == len(items)
-        assert len(named - set(files)) == faults.count("missing")
+        assert len(named - set(files)) == defects.count("missing")
         assert len(set(files) - named) == 1  # named by no item
-        assert sum(not decodes(content) for content in files.values()) == len(set(faults) - {"missing"})
+        assert sum(not decodes(content) for content in files.values()) == len(set(defects) - {"missing"})
         twins = [stem for stem, count in Counter(Path(name).stem for name in files).items() if count > 1]
         assert len(twins) == (split == "train")
         seen.update(Path(name).suffix for name in files)

@@ -292,7 +292,7 @@ def test_two_damaged_checkpoints_end_the_run_in_one_line(data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
-def test_a_fault_in_training_names_step_pairs_and_last_good_state(
+def test_a_number_that_is_none_in_training_names_step_pairs_and_last_good_state(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     settings = tiny_settings(tmp_path, "train.log_every=3", "train.save_every=2")

@@ -122,7 +122,7 @@ def open_picture(data: bytes, least: int | None = None) -> Decoded:
         return decode_reduced(data, least)
     except UnreadableError:
         raise
-    except Exception as error:  # decoders of hostile bytes raise all sorts; each is this picture's fault alone
+    except Exception as error:  # decoders of hostile bytes raise all sorts; each concerns this picture alone
         try:
             return decode_truncated(data, reason(error))
         except UnreadableError:

@@ -13,12 +13,12 @@ from tongkuan.base.metrics import Scores, average_precision, best_threshold, qua
 from tongkuan.records.attributes import AttributeStyle
 from tongkuan.records.items import Item
 from tongkuan.report import charts, figures, views
-from tongkuan.report.faults import Contradiction, Twin
+from tongkuan.report.problems import Contradiction, Twin
 from tongkuan.report.page import packed, slider
 from tongkuan.report.result import Result
 
 MAX_PICTURE_BYTES = 8_000_000  # in base64; the rest of 15 MB is for texts and the chart library
-MAX_FAULTS = 50  # listed of a kind
+MAX_PROBLEMS = 50  # listed of a kind
 MAX_TWINS_PICTURED = 20
 
 
@@ -170,7 +170,7 @@ def encode_pictures(subject: Subject) -> tuple[list[int], dict[int, str]]:
     return shown, {number: image for number, image in images.items() if image}
 
 
-def faults(found: Sequence[Contradiction], alike: Sequence[Twin] | None, pictures: views.Pictures) -> dict[str, Any]:
+def problems(found: Sequence[Contradiction], alike: Sequence[Twin] | None, pictures: views.Pictures) -> dict[str, Any]:
     """The first of each kind, as the template lists them."""
 
     def side(item: Item, is_pictured: bool) -> dict[str, str]:
@@ -178,12 +178,12 @@ def faults(found: Sequence[Contradiction], alike: Sequence[Twin] | None, picture
         return {"id": item.item_id, "title": views.clipped(item.title, views.MAX_TITLE), "image": image}
 
     return {
-        "contradictions": [asdict(fault) for fault in found[:MAX_FAULTS]],
+        "contradictions": [asdict(problem) for problem in found[:MAX_PROBLEMS]],
         "num_contradictions": len(found),
         "twins": None if alike is None else [
             {"distance": twin.distance, **{name: side(item, number < MAX_TWINS_PICTURED)
              for name, item in (("train", twin.train), ("valid", twin.valid))}}
-            for number, twin in enumerate(alike[:MAX_FAULTS])
+            for number, twin in enumerate(alike[:MAX_PROBLEMS])
         ],
         "num_twins": len(alike or ()),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a scored result: figures, curves, a slider, pairs with pictures, faults of the data.
+"""One self-contained HTML page of a scored result: figures, curves, a slider, pairs with pictures, problems in the data.
 
 `./entrypoint.sh report --submit submit --pairs data/item_valid_pair.jsonl --data data --run runs/small`
 """
@@ -12,7 +12,7 @@ from tongkuan.base.metrics import quality_at
 from tongkuan.records.result import read_manifest
 from tongkuan.records.rows import read_rows
 from tongkuan.report import charts, content, figures
-from tongkuan.report.faults import contradictions, read_sides, twins
+from tongkuan.report.problems import contradictions, read_sides, twins
 from tongkuan.report.page import flat, render
 from tongkuan.report.result import aligned_margins, find_items, read_scored
 from tongkuan.report.views import Pictures
@@ -46,10 +46,10 @@ def report(
     # First, for it finds pictures that cannot be read, and the rest counts them as missing.
     shown, images = content.encode_pictures(subject)
     num_pictured = len(shown) if images else 0  # a catalogue of texts alone
-    faults = contradictions(read_sides(data_dir, pairs_path, result.pairs))
+    problems = contradictions(read_sides(data_dir, pairs_path, result.pairs))
     facts = {
         **content.headline(subject),
-        **content.faults(faults, twins(data_dir, pictures), pictures),
+        **content.problems(problems, twins(data_dir, pictures), pictures),
         "names": {"pairs": pairs_path.name, "submit": named(submit_dir), "against": named(against_dir)},
         "notes": notes,
         "curves": [title for title, _ in curves],

@@ -22,7 +22,7 @@ from tongkuan.report.result import Result
 MAX_PICTURED = 200  # pairs
 PICTURE_SIDE = 176  # pixels
 JPEG_QUALITY = 75
-# Longer texts are a fault or an attack; either way nobody reads on.
+# Longer texts are a mistake or an attack; either way nobody reads on.
 MAX_TITLE, MAX_VALUE, MAX_KEYS = 500, 200, 60
 MAX_CATEGORIES = 40
 PRESENCE = ("both, a value in common", "both, none in common", "one side only", "neither side")

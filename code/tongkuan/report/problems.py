@@ -1,4 +1,4 @@
-"""Faults of the data that the page lists: labels that contradict each other, pictures in both train and validation."""
+"""Problems in the data that the page lists: labels that contradict each other, pictures in both train and validation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +74,7 @@ def contradictions(sides: Mapping[str, Sequence[Pair]]) -> list[Contradiction]:
         is_joined = left == right or (left in group_of and group_of[left] == group_of.get(right))
         if pair.label == 0 and is_joined and (left, right) not in found:
             found[left, right] = Contradiction(left, right, shortest_way(left, right, neighbours), name)
-    return sorted(found.values(), key=lambda fault: (len(fault.chain), fault.left, fault.right))
+    return sorted(found.values(), key=lambda problem: (len(problem.chain), problem.left, problem.right))
 
 
 def shortest_way(start: str, end: str, neighbours: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
