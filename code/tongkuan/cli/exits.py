@@ -49,7 +49,7 @@ def report_error(error: BaseException, verb: str) -> int:
     if isinstance(error, BrokenPipeError) and (gone := readers_gone()):  # as `| head` does when it has seen enough
         redirect_to_nowhere(*gone)
         if is_own_rank():
-            os._exit(CLOSED_PIPE)  # ending in order would wait for the other ranks
+            os._exit(CLOSED_PIPE)  # exiting in order would wait for the other ranks
         return CLOSED_PIPE
     if isinstance(error, PermissionError):  # of a folder on the way to a file, where nobody looks for it
         reason = f"not to be reached as UID {os.geteuid()} ({str(error.strerror).lower()})"
@@ -91,4 +91,4 @@ def report_to_launcher(line: str, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os.write(int(os.environ[REPORTS]), f"{code} {line}\n".encode(errors="backslashreplace"))
-    os._exit(code)  # ending in order would wait for the other ranks
+    os._exit(code)  # exiting in order would wait for the other ranks

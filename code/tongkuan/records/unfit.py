@@ -17,7 +17,7 @@ PACKED = (
     (b"Rar!\x1a\x07", "rar", "unrar p -inul"),
 )
 TABLES = {"xlsx": "read_excel", "xls": "read_excel", "parquet": "read_parquet"}
-ENDINGS = (".zst", ".bz2", ".xz", ".zip", ".7z", ".rar")
+SUFFIXES = (".zst", ".bz2", ".xz", ".zip", ".7z", ".rar")
 FROM_TABLE = (
     "import csv, json, sys; [print(json.dumps(row)) for row in "
     "csv.DictReader(open(sys.argv[1], encoding={encoding!r}, newline=''), delimiter={delimiter!r})]"
@@ -90,14 +90,14 @@ def packed(path: Path, head: bytes, source: Path | None = None) -> str:
 
 def beside(path: Path) -> str:
     """What to do when `path` is not there and the same records lie beside it in another form, else nothing."""
-    for ending in ENDINGS:
-        source = path.with_name(path.name + ending)
+    for suffix in SUFFIXES:
+        source = path.with_name(path.name + suffix)
         if os.path.isfile(source):  # noqa: PTH113 - of any name
             with source.open("rb") as file:
                 what = packed(path, file.read(4096), source)
             return f"{source.name} lies there: {what}" if what else ""
-    for ending in (".json", ".ndjson", ".txt", ".csv", ".tsv", ".xlsx"):
-        source = path.with_suffix(ending)
+    for suffix in (".json", ".ndjson", ".txt", ".csv", ".tsv", ".xlsx"):
+        source = path.with_suffix(suffix)
         if os.path.isfile(source):  # noqa: PTH113 - of any name
             return f"{source.name} lies there; give it this name: mv {quoted(source)} {quoted(path)}"
     return ""
