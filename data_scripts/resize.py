@@ -163,7 +163,7 @@ def read_split(raw_dir: Path, split: str) -> tuple[Records, Source | None] | Non
 
 
 def write_records(data_dir: Path, records: dict[str, Records], images: dict[str, dict[str, str]]) -> None:
-    """Publish items and pairs of each split, those of train and valid once more for `split` to draw from."""
+    """Publish items and pairs of each split, those of train and valid once more for `split` to read."""
     for split, record in records.items():
         folders = [data_dir] if split == "test" else [data_dir / HANDED_OUT, data_dir]
         for folder in folders:
@@ -175,7 +175,7 @@ def write_records(data_dir: Path, records: dict[str, Records], images: dict[str,
 
 
 def clear_earlier(data_dir: Path, splits: Iterable[str], has_answers: bool) -> None:
-    """Take back what says that an earlier set is whole, and its drawn split. Raises UserError if it had more splits.
+    """Take back what says that an earlier set is whole, and what split made of it. UserError if it had more splits.
 
     Splits of two runs must not mix: the pictures of one could replace the other's.
     """
@@ -186,12 +186,12 @@ def clear_earlier(data_dir: Path, splits: Iterable[str], has_answers: bool) -> N
         if path.exists():
             raise UserError(f"{path}: from an earlier run, but the raw folder has none; name another --data folder")
     (data_dir / UNDER_WAY).touch()
-    drawn = data_dir / "split.json"
-    if drawn.exists():
+    made_by_split = data_dir / "split.json"
+    if made_by_split.exists():
         for split in ("train", "valid"):
             item_file(data_dir, split).unlink(missing_ok=True)
             pair_file(data_dir, split).unlink(missing_ok=True)
-        drawn.unlink()
+        made_by_split.unlink()
     (data_dir / LEDGER).unlink(missing_ok=True)
 
 

@@ -289,7 +289,7 @@ def write_catalogue(raw_dir: Path, catalogue: Catalogue, seed: int) -> int:
     publish_bytes(made, ANSWERS, b"".join(pair_row(pair) for pair in catalogue.pairs["test"]))
     total = sum(len(rows) for rows in catalogue.listings.values())
     num_pictures = 0
-    with tqdm(total=total, desc="drawing", unit="item", disable=None) as progress:
+    with tqdm(total=total, desc="sample", unit="item", disable=None) as progress:
         for number, (split, rows) in enumerate(catalogue.listings.items()):
             items = b"".join(orjson.dumps(row.row) + b"\n" for row in rows)
             publish_bytes(made, item_file(raw_dir, split).name, items)

@@ -1,4 +1,4 @@
-"""Draw item-disjoint train and validation pairs: connected components of items go to one side whole.
+"""Make item-disjoint train and validation pairs: connected components of items go to one side whole.
 
 ./entrypoint.sh split --data data --ratio 5.6 --seed 0
 """
@@ -81,7 +81,7 @@ def read_handed_out(folder: Path) -> HandedOut:
         handed.items = items | handed.items
         handed.rows = rows | handed.rows
     if not handed.pairs:
-        raise missing(folder, f"no item_train_info.jsonl or item_valid_info.jsonl to draw from; {ADVICE}")
+        raise missing(folder, f"no item_train_info.jsonl or item_valid_info.jsonl to split; {ADVICE}")
     return handed
 
 
@@ -114,11 +114,11 @@ def find_components(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return [[pairs[index] for index in group] for group in components(pairs)]
 
 
-def draw(components: Sequence[list[Pair]], ratio: float, seed: int) -> tuple[list[list[Pair]], list[list[Pair]]]:
+def assign(components: Sequence[list[Pair]], ratio: float, seed: int) -> tuple[list[list[Pair]], list[list[Pair]]]:
     """(train, valid) components: pairs as near `ratio` : 1 as whole components allow, positives likewise.
 
-    Large components first, equal ones in an order that the seed decides; each goes where positives and negatives drawn
-    so far come out nearest to their shares. So every size is drawn in proportion, and the single pairs, which come
+    Large components first, equal ones in an order that the seed decides; each goes where positives and negatives so
+    far come out nearest to their shares. So every size is split in proportion, and the single pairs, which come
     last, even out what the large ones left. Neither side stays empty when there are two components.
     """
 
@@ -167,7 +167,7 @@ def write_side(data_dir: Path, side: str, pairs: Sequence[Pair], handed: HandedO
 
 
 def split(data_dir: Path, ratio: float, seed: int) -> str:
-    """Draw train and valid in `data_dir` and return the closing lines. Raises UserError before anything is changed."""
+    """Split train and valid in `data_dir` and return the closing lines. Raises UserError before anything is changed."""
     handed = read_handed_out(data_dir / HANDED_OUT)
     check_writable(data_dir)
     cleaned = clean(handed.pairs)
@@ -183,8 +183,8 @@ def split(data_dir: Path, ratio: float, seed: int) -> str:
             "component(s), so no item-disjoint validation is possible; add labelled pairs of other items, or train "
             "with the pairs as handed out"
         )
-    drawn = dict(zip(SIDES, draw(components, ratio, seed), strict=True))
-    pairs = {side: sorted((pair for group in drawn[side] for pair in group), key=pair_key) for side in SIDES}
+    sides = dict(zip(SIDES, assign(components, ratio, seed), strict=True))
+    pairs = {side: sorted((pair for group in sides[side] for pair in group), key=pair_key) for side in SIDES}
     test_path = item_file(data_dir, "test")
     test_items = set(read_items(test_path, ADVICE)) if is_given(test_path) else set()
     largest = max(components, key=len)
@@ -192,11 +192,11 @@ def split(data_dir: Path, ratio: float, seed: int) -> str:
         "seed": seed,
         "ratio_asked": ratio,
         "ratio_reached": round(len(pairs["train"]) / len(pairs["valid"]), 6),
-        **{side: describe(drawn[side]) for side in SIDES},
+        **{side: describe(sides[side]) for side in SIDES},
         "largest_component": {
             "pairs": len(largest),
             "share_of_pairs": round(len(largest) / len(cleaned.pairs), 6),
-            "side": next(side for side in SIDES if any(group is largest for group in drawn[side])),
+            "side": next(side for side in SIDES if any(group is largest for group in sides[side])),
         },
         "items_also_in_test": {side: len(test_items.intersection(ends(pairs[side]))) for side in SIDES},
         "items_told_differently": handed.num_differing,
@@ -215,7 +215,7 @@ def split(data_dir: Path, ratio: float, seed: int) -> str:
 
 
 def left_out(cleaned: Cleaned) -> str:
-    """Counts of what was not drawn from."""
+    """Counts of what was left out."""
     alone = sum(left == right for left, right in cleaned.contradictions)
     itself = f", {alone:,} of an item labelled different from itself" if alone else ""
     return (
@@ -239,7 +239,7 @@ def label_note(side: str, pairs: Sequence[Pair], components: Sequence[list[Pair]
 
 
 def summary(report: dict[str, Any], data_dir: Path, left_out: str, notes: Sequence[str]) -> str:
-    """What was drawn, what a user should know of it, and what to type next."""
+    """What was made, what a user should know of it, and what to type next."""
     lines = [
         f"{side}: {report[side]['pairs']:,} pairs of {report[side]['items']:,} items in "
         f"{report[side]['components']:,} components, {report[side]['positive_share']:.1%} the same product"

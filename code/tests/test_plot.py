@@ -1,4 +1,4 @@
-"""plot.py: what the drawing says, which bar a pair falls into, and the same bytes for the same result."""
+"""plot.py: what the plot says, which bar a pair falls into, and the same bytes for the same result."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -14,7 +14,7 @@ from test_main import error_of
 
 from tongkuan.base.errors import UserError
 from tongkuan.base.metrics import quality_at
-from tongkuan.report.plot import HEIGHT, MAX_BINS, WIDTH, draw, histogram, plot
+from tongkuan.report.plot import HEIGHT, MAX_BINS, WIDTH, histogram, plot, render
 
 SIMILARITY = "def compute(a, b): return a[0] * b[0]"
 
@@ -46,7 +46,9 @@ def texts_of(svg: str) -> list[str]:
 
 
 def drawn(scores: list[float], labels: list[int], thresholds: list[float]) -> list[str]:
-    return texts_of(draw(np.array(scores, dtype=np.float64), np.array(labels), np.array(thresholds, dtype=np.float64)))
+    return texts_of(
+        render(np.array(scores, dtype=np.float64), np.array(labels), np.array(thresholds, dtype=np.float64))
+    )
 
 
 def test_it_says_counts_and_figures(
@@ -125,7 +127,7 @@ def test_pairs_with_thresholds_of_their_own_are_drawn_by_the_distance_to_it() ->
     ],
 )
 def test_odd_results_are_drawn(scores: list[float], labels: list[int], legend: str) -> None:
-    svg = draw(np.array(scores, dtype=np.float64), np.array(labels), np.zeros(len(scores)))
+    svg = render(np.array(scores, dtype=np.float64), np.array(labels), np.zeros(len(scores)))
     assert {legend, "threshold 0"} <= set(texts_of(svg))
     areas = re.findall(r'kind: (\w+) [^>]*area mark" d="([^"]*)"', svg)
     assert {kind for kind, _ in areas} == {("different", "same")[label] for label in labels}
@@ -134,16 +136,16 @@ def test_odd_results_are_drawn(scores: list[float], labels: list[int], legend: s
         assert min(places[1::2]) < HEIGHT == max(places[1::2]) and 0 <= min(places[::2]) < max(places[::2]) <= WIDTH
 
 
-def test_twenty_thousand_pairs_make_no_larger_drawing() -> None:
+def test_twenty_thousand_pairs_make_no_larger_plot() -> None:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, 20_000)
-    svg = draw(generator.normal(4 * labels, 2), labels, np.zeros(20_000))
+    svg = render(generator.normal(4 * labels, 2), labels, np.zeros(20_000))
     assert len(svg) < 60_000
 
 
 @pytest.mark.parametrize("thresholds", [[0.0, 0.0], [-1e308, 1e308]])
 def test_scores_without_a_finite_span_are_the_users_to_mend(thresholds: list[float]) -> None:
-    with pytest.raises(UserError, match="too far apart to draw"):
+    with pytest.raises(UserError, match="too far apart to plot"):
         drawn([1.7e308, -1.7e308], [1, 0], thresholds)
 
 

@@ -21,8 +21,8 @@ from tongkuan.base.errors import UserError
 from tongkuan.base.metrics import intervals, quality_at
 from tongkuan.records.items import Pair
 from tongkuan.report import figures
-from tongkuan.report.problems import contradictions
 from tongkuan.report.page import slider
+from tongkuan.report.problems import contradictions
 from tongkuan.report.report import report
 
 
@@ -184,7 +184,10 @@ def test_labels_contradict_each_other_directly_and_through_others() -> None:
     same = [Pair("a", "b", 1), Pair("b", "c", 1), Pair("d", "e", 1)]
     other = [Pair("c", "a", 0), Pair("e", "d", 0), Pair("a", "d", 0)]
     found = contradictions({"x.jsonl": same, "y.jsonl": other})
-    assert [(problem.chain, problem.file) for problem in found] == [(("d", "e"), "y.jsonl"), (("a", "b", "c"), "y.jsonl")]
+    assert [(one.chain, one.file) for one in found] == [
+        (("d", "e"), "y.jsonl"),
+        (("a", "b", "c"), "y.jsonl"),
+    ]
 
 
 def test_a_picture_saved_again_is_found_across_train_and_validation(tmp_path: Path) -> None:

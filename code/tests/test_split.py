@@ -178,6 +178,6 @@ def test_any_components_are_whole_and_disjoint(lines: list[tuple[int, int, int]]
         assert not ids & seen
         seen |= ids
         assert len(split.find_components(component)) == 1
-    train, valid = split.draw(components, ratio, seed)
+    train, valid = split.assign(components, ratio, seed)
     assert sorted(map(str, train + valid)) == sorted(map(str, components))
     assert len(components) < 2 or (train and valid)

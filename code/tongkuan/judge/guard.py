@@ -37,7 +37,7 @@ SYSTEM = (
     *("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/localtime"),
     *("/usr/share/zoneinfo", "/usr/share/locale", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"),
 )
-DRAWINGS = (".html", ".svg", ".png", ".part")  # what `report` and `plot` make of labels, half-written too
+PLOTS = (".html", ".svg", ".png", ".part")  # what `report` and `plot` make of labels, half-written too
 
 
 def run_similarity(submit_dir: Path, count: int, answers: Path) -> tuple[Scores, list[str]]:
@@ -133,7 +133,7 @@ def own_files(own: Path, hidden: Path) -> Iterator[Path]:
 
 def holds_labels(path: Path, hidden: Path) -> bool:
     """Whether a file is the answers, under this name or another, or was made of labels."""
-    if path.suffix in DRAWINGS:
+    if path.suffix in PLOTS:
         return True
     if hidden.is_file():  # and no pipe, which has been read
         facts, others = path.stat(), hidden.stat()

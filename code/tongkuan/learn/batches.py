@@ -74,9 +74,9 @@ class Part:
 def parts(pairs: Sequence[Pair], settings: TrainSettings, ranks: Ranks, first_step: int) -> Iterator[Part]:
     """Every forward of this rank from `first_step` on, `accumulate` of them a step."""
     size = settings.pairs // (ranks.world_size * settings.accumulate)
-    draw = BatchSampler(pairs, settings)
+    sampler = BatchSampler(pairs, settings)
     for step in range(first_step, settings.steps):
-        chosen = draw.batch(step)
+        chosen = sampler.batch(step)
         first_place: dict[str, int] = {}
         for place, item_id in enumerate([pair.left for pair in chosen] + [pair.right for pair in chosen]):
             first_place.setdefault(item_id, place)

@@ -70,7 +70,7 @@ def check_train_labels(path: Path, pairs: Sequence[Pair]) -> None:
     if (label := only_label(pairs)) is not None:
         raise UserError(
             f"{path}: all {len(pairs):,} pairs have label {label}, from which a model only learns to call any pair "
-            f"{NAMES[label]}; add pairs of label {1 - label}, or draw train and valid anew: ./entrypoint.sh split"
+            f"{NAMES[label]}; add pairs of label {1 - label}, or split train and valid anew: ./entrypoint.sh split"
         )
 
 
@@ -80,7 +80,7 @@ def valid_labels_note(path: Path, pairs: Sequence[Pair]) -> str:
         return ""
     return (
         f"note: {path}: only pairs of label {label}: no threshold and no best step can be chosen there, so "
-        f"the last step's model is kept, with threshold 0, as trained; add pairs of label {1 - label}, or draw train "
+        f"the last step's model is kept, with threshold 0, as trained; add pairs of label {1 - label}, or split train "
         "and valid anew: ./entrypoint.sh split"
     )
 

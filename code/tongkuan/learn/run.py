@@ -114,7 +114,7 @@ class Run:
         return self.settings.model_dump(mode="json", include={"model", "train"})
 
     def log(self, step: int, figures: dict[str, float], clock: Mapping[str, float] | None = None) -> None:
-        """Keep a row for metrics.jsonl and draw it, and draw `clock`, which no artefact holds; the first rank only."""
+        """Keep a row for metrics.jsonl and plot it, and plot `clock`, which no artefact holds; the first rank only."""
         if not self.ranks.is_first:
             return
         self.metrics.append({"step": step, **figures})

@@ -18,7 +18,7 @@ from tongkuan.records.rows import read_rows
 # From here on two whole numbers can be one float.
 MAX_EXACT = 2**53
 SPLITS = ("train", "valid", "test")
-HANDED_OUT = "handed_out"  # the folder in a data folder that split takes its pairs from
+HANDED_OUT = "handed_out"  # the folder in a data folder that split reads
 LABELS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 

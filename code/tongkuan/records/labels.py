@@ -11,7 +11,7 @@ from tongkuan.base.errors import clip
 from tongkuan.records.items import Pair
 from tongkuan.records.rows import read_rows
 
-ADVICE = "delete such lines, or draw train and valid by ./entrypoint.sh split, which leaves them out"
+ADVICE = "delete such lines, or split train and valid by ./entrypoint.sh split, which leaves them out"
 NAMES = {0: "different", 1: "the same product"}
 
 

@@ -13,8 +13,8 @@ from tongkuan.base.metrics import Scores, average_precision, best_threshold, qua
 from tongkuan.records.attributes import AttributeStyle
 from tongkuan.records.items import Item
 from tongkuan.report import charts, figures, views
-from tongkuan.report.problems import Contradiction, Twin
 from tongkuan.report.page import packed, slider
+from tongkuan.report.problems import Contradiction, Twin
 from tongkuan.report.result import Result
 
 MAX_PICTURE_BYTES = 8_000_000  # in base64; the rest of 15 MB is for texts and the chart library
@@ -117,13 +117,13 @@ def data(subject: Subject, shown: Sequence[int]) -> dict[str, Any]:
     ]
     named = marks(subject)
     curve = figures.sweep(scores, result.labels)
-    drawn = {
+    plotted = {
         "distribution": charts.distribution(scores, result.labels, threshold, axis),
         "precision-recall": charts.precision_recall(curve),
         "f1": charts.f1_over_threshold(curve, axis),
     }
     if result.commodity is not None:
-        drawn["calibration"] = charts.calibration(calibration_of(result)[0])
+        plotted["calibration"] = charts.calibration(calibration_of(result)[0])
     every = [mark["value"] for mark in named]
     low, high = min(float(scores.min()), *every), max(float(scores.max()), *every)
     compared = subject.comparison
@@ -144,7 +144,7 @@ def data(subject: Subject, shown: Sequence[int]) -> dict[str, Any]:
         "marks": named,
         "start": threshold,
         "slider": slider(low, high),
-        "charts": drawn,
+        "charts": plotted,
     }
 
 

@@ -1,4 +1,4 @@
-"""Draw how the scores of same and different pairs lie about the threshold, as the paper's figure does.
+"""Plot how the scores of same and different pairs lie about the threshold, as the paper's figure does.
 
 `./entrypoint.sh plot --submit submit --pairs data/item_valid_pair.jsonl --out submit/scores.svg`
 """
@@ -37,12 +37,12 @@ STYLE = {
 
 
 def plot(submit_dir: Path, pairs_path: Path, out: Path) -> None:
-    """Score the result as the judges do and publish the drawing. UserError before any work when `out` is unfit."""
+    """Score the result as the judges do and publish the plot. UserError before any work when `out` is unfit."""
     if out.suffix not in (".svg", ".png") or out.is_dir():
         raise UserError(f"{out}: no name for a picture; let --out end in .svg or .png")
     check_writable(out.parent)
     found = judged(submit_dir, pairs_path)
-    svg = draw(found.scores, found.labels, found.thresholds)
+    svg = render(found.scores, found.labels, found.thresholds)
     with publish(out) as file:
         file.write(vl_convert.svg_to_png(svg, scale=2) if out.suffix == ".png" else svg.encode())
     quality = quality_at(found.scores, found.labels, found.thresholds)
@@ -52,7 +52,7 @@ def plot(submit_dir: Path, pairs_path: Path, out: Path) -> None:
     print(f"next: {entrypoint('report', '--submit', submit_dir, '--pairs', pairs_path)}")
 
 
-def draw(scores: Scores, labels: Labels, thresholds: Scores) -> str:
+def render(scores: Scores, labels: Labels, thresholds: Scores) -> str:
     """The SVG of scores (N,), labels (N,) and each pair's threshold (N,); the same numbers give the same bytes.
 
     With one threshold for all the axis shows scores; else each score less its pair's own threshold.
@@ -65,7 +65,7 @@ def draw(scores: Scores, labels: Labels, thresholds: Scores) -> str:
     edges, counts = histogram(scores, labels, threshold)
     spec = chart(edges, counts, threshold, axis, quality)
     version = alt.SCHEMA_VERSION.rpartition(".")[0]
-    # No base URL is allowed: the data are inside, and drawing must work without a network.
+    # No base URL is allowed: the data are inside, and rendering must work without a network.
     return vl_convert.vegalite_to_svg(spec, vl_version=version, config=STYLE, allowed_base_urls=[]) + "\n"
 
 
@@ -78,7 +78,7 @@ def histogram(scores: Scores, labels: Labels, threshold: float) -> tuple[Scores,
     low, high = min(float(scores.min()), threshold), max(float(scores.max()), threshold)
     width = (high - low) / (MAX_BINS - 2) or 1.0  # both sides of the threshold may end in a part of a bin
     if not np.isfinite(width):
-        raise UserError(f"scores from {low:.6g} to {high:.6g} lie too far apart to draw; mend similarity.py")
+        raise UserError(f"scores from {low:.6g} to {high:.6g} lie too far apart to plot; mend similarity.py")
     places = np.ceil((scores - threshold) / width).astype(np.int64) - 1  # bin 0 begins at the threshold
     first, last = min(int(places.min()), -1), max(int(places.max()), 0)
     counts = [np.bincount(places[labels == label] - first, minlength=last - first + 1) for label in (0, 1)]

@@ -1,4 +1,4 @@
-"""Problems in the data that the page lists: labels that contradict each other, pictures in both train and validation."""
+"""Problems in the data that the page lists: contradictory labels, pictures in both train and validation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

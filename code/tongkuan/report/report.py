@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a scored result: figures, curves, a slider, pairs with pictures, problems in the data.
+"""One self-contained HTML page of a scored result: figures, curves, a slider, pictured pairs, problems in the data.
 
 `./entrypoint.sh report --submit submit --pairs data/item_valid_pair.jsonl --data data --run runs/small`
 """
@@ -12,8 +12,8 @@ from tongkuan.base.metrics import quality_at
 from tongkuan.records.result import read_manifest
 from tongkuan.records.rows import read_rows
 from tongkuan.report import charts, content, figures
-from tongkuan.report.problems import contradictions, read_sides, twins
 from tongkuan.report.page import flat, render
+from tongkuan.report.problems import contradictions, read_sides, twins
 from tongkuan.report.result import aligned_margins, find_items, read_scored
 from tongkuan.report.views import Pictures
 
