@@ -146,7 +146,7 @@ def test_nothing_is_learned_from_one_label(tmp_path: Path, label: int, names: st
     for more in ([], ["--dry-run"]):
         line = error_of(*train_words(tmp_path, data, *STEPS, *more))
         assert line.startswith(f"{path}: all 12 pairs have label {label}, from which a model only learns to call any")
-        assert f"pair {names}; add pairs of label {1 - label}, or draw" in line
+        assert f"pair {names}; add pairs of label {1 - label}, or split train" in line
     assert not (tmp_path / "m").exists() and not [*tmp_path.glob("run/*")]
     write_jsonl(path, [*rows_of(path), next(row for row in before if row["item_label"] == str(1 - label))])
     assert main(train_words(tmp_path, data, *STEPS)) == 0

@@ -80,8 +80,7 @@ def describe(error: BaseException, verb: str) -> str:
         return f"{clip(error.object)}: no file can have this name where names are written in {error.encoding}; {advice}"
     if is_out_of_memory(error):
         advice = SHORTAGE.get(SAME_ADVICE.get(verb, verb), "give it more, or less to do")
-        notes = getattr(error, "__notes__", [])
-        return one_line("; ".join([f"out of memory ({clip(str(error), 160)})", *notes, advice]))
+        return one_line(f"out of memory ({clip(str(error), 160)}); {advice}")
     return ""
 
 

@@ -81,11 +81,17 @@ def made_by_resize(ledger: Path) -> list[str] | None:
 
 def normalised(batch: Batch, settings: ImageEncoder) -> Tensor:
     """float32 (N, 3, S, S): RGB / 255 less mean, over deviation; a missing picture is all 0, the mean's grey."""
-    mean = torch.tensor(settings.mean, device=batch.images.device).view(1, 3, 1, 1)
-    deviation = torch.tensor(settings.deviation, device=batch.images.device).view(1, 3, 1, 1)
+    mean, deviation = (by_channel(numbers, batch.images.device) for numbers in (settings.mean, settings.deviation))
     images = (batch.images.float() / 255 - mean) / deviation
     # Channels last is the layout in which convolutions are fastest, on CPU and GPU.
     return (images * batch.has_image.view(-1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache  # copying numbers to a GPU has the host wait for it
+def by_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 (1, C, 1, 1)."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device).view(1, -1, 1, 1)
 
 
 class ItemStore:

@@ -79,7 +79,7 @@ def valid_labels_note(path: Path, pairs: Sequence[Pair]) -> str:
     if (label := only_label(pairs)) is None:
         return ""
     return (
-        f"note: {path}: only pairs of label {label}: no threshold and no best step can be chosen there, so "
+        f"note: {path}: only pairs of label {label}: no threshold can be chosen there and no step called the best, so "
         f"the last step's model is kept, with threshold 0, as trained; add pairs of label {1 - label}, or split train "
         "and valid anew: ./entrypoint.sh split"
     )
