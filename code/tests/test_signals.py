@@ -227,7 +227,7 @@ def test_a_killed_rank_takes_the_others_down(data: Path, tmp_path: Path) -> None
 
 ERRORS = {
     "ValueError('boom')": "rank 1: ValueError 'boom'; its traceback stands above",
-    "torch.OutOfMemoryError('CUDA out of memory. Tried')": "rank 1: out of memory ('CUDA out of memory. Tried'); of",
+    "torch.OutOfMemoryError('CUDA out of memory. Tried')": "rank 1: out of memory ('CUDA out of memory. Tried'); lower",
     "UserError('x.jsonl:3: no')": "x.jsonl:3: no",
 }
 
@@ -239,7 +239,7 @@ def test_an_error_on_one_rank_is_told_once_and_ends_all(data: Path, tmp_path: Pa
 import os
 if os.environ.get("RANK") == "1":
     import torch
-    from tongkuan.base.files import UserError
+    from tongkuan.base.errors import UserError
     from tongkuan.learn.step import TrainStep
     def step(*_): raise {error}
     TrainStep.take = step
@@ -269,7 +269,7 @@ def test_ranks_end_with_their_launcher(data: Path, tmp_path: Path) -> None:
 
 LAST_SAVE_FAILS = """
 import errno, os
-from tongkuan.model.modelfile import Run
+from tongkuan.learn.run import Run
 def save(self, *_):
     if os.environ.get("RANK") == "0":
         raise OSError(errno.ENOSPC, "No space left on device", "last.pt")
