@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import timm
 from docs.reference import COMMAND, NAMES, REFERENCE, options_of, reference, setting_rows
+from release_worlds import make_release
 from safetensors.torch import save_file
 from test_layers import ROOMS
-from test_release import make_release
 from worlds import TINY
 
 from tongkuan import settings as config
