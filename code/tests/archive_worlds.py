@@ -27,7 +27,8 @@ def zipped(files: Iterable[tuple[bytes, bytes]], method: int = zipfile.ZIP_STORE
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for number, (name, content) in enumerate(files):
-            archive.writestr(raw_name(number, len(name)), content)
+            # ZipInfo has a date of its own: packed archives in archives must not change their size with the clock.
+            archive.writestr(zipfile.ZipInfo(raw_name(number, len(name))), content, method)
     content = buffer.getvalue()
     for number, (name, _) in enumerate(files):
         content = content.replace(raw_name(number, len(name)).encode(), name)

@@ -198,8 +198,8 @@ def test_any_damage_to_a_zip_is_one_line(
 ) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a.jpg", b"a" * 40)
-        archive.writestr("b.jpg", b"b" * 40, zipfile.ZIP_DEFLATED)
+        archive.writestr(zipfile.ZipInfo("a.jpg"), b"a" * 40)
+        archive.writestr(zipfile.ZipInfo("b.jpg"), b"b" * 40, zipfile.ZIP_DEFLATED)
     content = bytearray(buffer.getvalue())
     content[place % len(content)] ^= change
     path = tmp_path_factory.getbasetemp() / "item_train_images.zip"
