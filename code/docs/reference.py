@@ -43,11 +43,11 @@ def describe_verb(name: str) -> str:
     """What a verb is for, a row an option, what its help explains, and its example."""
     parser = parser_of(name)
     more = (parser.epilog or "").partition("example, after")[0].strip()
-    text = f"### {name}\n{parser.description}\n\n"
+    text = f"### {name}\n{parser.description}; for example, after the demo, `{parser.example}`\n\n"
     text += table(("option", "what"), ((option_name(action), action.help or "") for action in options_of(parser)))
     if more:
         text += f"\n```text\n{more}\n```\n"
-    return f"{text}\n```sh\n{parser.example}\n```\n"
+    return text
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:

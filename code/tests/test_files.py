@@ -9,18 +9,16 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from commands import environment
+from commands import environment, without_root
 
 from data_scripts.transfer import Partial
 from tongkuan.base.errors import FailureError, UserError, unwritable
 from tongkuan.base.files import check_target, check_writable, part_of, publish, sha256_of
 
-NOBODY = 65534
 # A writer with a child that inherits what may be inherited; it says so in the midst of a file.
 WRITER = """
 import subprocess, sys, time
@@ -32,19 +30,6 @@ with publish(Path(sys.argv[1])) as file:
     print(subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL).pid, flush=True)
     time.sleep(60)
 """
-
-
-@contextmanager
-def without_privileges() -> Iterator[None]:
-    """As a user whom permissions bind: root may write anywhere."""
-    was_root = os.geteuid() == 0
-    if was_root:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if was_root:
-            os.seteuid(0)
 
 
 @pytest.fixture
@@ -186,7 +171,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_file(tmp_path: Path
 
 
 def test_a_read_only_folder_is_the_users_to_mend(read_only: Path) -> None:
-    with without_privileges():
+    with without_root():
         with pytest.raises(UserError, match=r"cannot write here.*mount it writable"), publish(read_only / "old"):
             raise AssertionError("must not come this far")
         with pytest.raises(UserError, match="cannot write here"):
