@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data_scripts.transfer import AGAIN, Partial, Patience, Wanted, copy, fetch, find_damage, is_archive
 from tongkuan.base.errors import UserError, entrypoint
-from tongkuan.base.files import READ_BLOCK, alone, check_apart, publish, rename, sha256_of
+from tongkuan.base.files import READ_BLOCK, check_apart, publish, rename, sha256_of, sole_process
 
 NAMES = [f"item_{s}_{kind}" for s in ("train", "valid", "test") for kind in ("info.jsonl", "pair.jsonl", "images.zip")]
 NAME = re.compile(r"item_(train|valid|test)_(info\.jsonl|pair\.jsonl|images\.zip(\.part[a-z]{2})?)")
@@ -234,7 +234,7 @@ def join(archive: str, record: Record) -> str:
 
 def download(raw_dir: Path, wanted: Sequence[Wanted], patience: Patience) -> str:
     """Bring every wanted file that is not there yet, join archives; returns what was done and what is next."""
-    with alone(raw_dir):
+    with sole_process(raw_dir):
         record = Record(raw_dir)
         for entry in wanted:
             if not record.has(entry):  # then an archive joined from another version of it does not count either

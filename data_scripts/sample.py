@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_scripts.made import Made, hash_of_files
 from data_scripts.sample_words import COLOURS, INKS, SHAPES, Listing, Look, Rng, choose, deal, plan_products, write_row
 from tongkuan.base.errors import entrypoint
-from tongkuan.base.files import alone, part_of, publish
+from tongkuan.base.files import part_of, publish, sole_process
 from tongkuan.records.items import Pair, item_file, pair_file, pair_row
 
 ITEMS_A_PRODUCT = (4, 6)  # from, to
@@ -342,7 +342,7 @@ def publish_pictures(made: Made, split: str, pictures: dict[str, bytes]) -> None
 
 
 def publish_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """A folder appears whole too: written beside its place, then renamed into it. For a process that is `alone`."""
+    """A folder appears whole too: written beside its place, then renamed into it. For a `sole_process`."""
     temporary = part_of(folder)
     if temporary.exists():  # what a killed run left
         shutil.rmtree(temporary)
@@ -360,7 +360,7 @@ def publish_folder(folder: Path, files: dict[str, bytes]) -> None:
 def sample(raw_dir: Path, products: int, seed: int) -> str:
     """Make the catalogue in `raw_dir`; returns the closing lines. Raises UserError for what the user can mend."""
     catalogue = plan(products, seed)
-    with alone(raw_dir):
+    with sole_process(raw_dir):
         num_pictures = write_catalogue(raw_dir, catalogue, seed)
     items = "/".join(str(len(rows)) for rows in catalogue.listings.values())
     pairs = "/".join(str(len(pairs)) for pairs in catalogue.pairs.values())

@@ -119,7 +119,10 @@ def test_bad_usage_is_one_line(raw: Path, tmp_path: Path) -> None:
 
 def test_a_second_download_waits_outside(raw: Path, tmp_path: Path) -> None:
     raw.mkdir()
-    with download.alone(raw), pytest.raises(UserError, match="another process fills this folder; wait for its end"):
+    with (
+        download.sole_process(raw),
+        pytest.raises(UserError, match="another process fills this folder; wait for its end"),
+    ):
         take(raw, folder_of(tmp_path / "from", CONTENT))
     take(raw, tmp_path / "from")
 

@@ -120,7 +120,7 @@ def is_at(path: Path, descriptor: int) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def sole_process(folder: Path) -> Iterator[None]:
     """Keep a second process out of a folder. UserError for that one, and for a folder that takes no files.
 
     Errors of a full disk name the folder.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tongkuan import TOP
 from tongkuan.base.errors import UserError, clip, is_out_of_memory
-from tongkuan.base.files import alone, part_of, rename
+from tongkuan.base.files import part_of, rename, sole_process
 from tongkuan.settings import ImageEncoder, TextEncoder
 
 WEIGHTS_DIR = TOP / "weights"
@@ -51,7 +51,7 @@ def fetch(name: str) -> Path:
     """Bring a hub's encoder into weights/, whole or not at all: its folder. UserError when the hub does not give it."""
     local = WEIGHTS_DIR / name.rpartition("/")[2]
     partial = part_of(local)  # stays after an error: the same command resumes
-    with alone(WEIGHTS_DIR):
+    with sole_process(WEIGHTS_DIR):
         download(name, local_dir=partial, ignore_patterns=OTHER_FRAMEWORKS)
         shutil.rmtree(partial / ".cache", ignore_errors=True)
         rename(partial, local)
