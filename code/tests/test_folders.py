@@ -1,5 +1,6 @@
 """Folders that take no files, and inputs that are not there: said before any work, in the image with what to mount."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -18,16 +19,16 @@ import tongkuan.encode.inference
 import tongkuan.judge.check
 import tongkuan.learn.train
 import tongkuan.model.released
-import tongkuan.report.explain
-import tongkuan.report.plot
-import tongkuan.report.report
-import tongkuan.result.evaluate
-import tongkuan.result.predict
 from data_scripts import download, resize, sample
-from tongkuan.base import errors  # all imported as root: not everybody may read where they are installed
+from tongkuan.base import errors
 from tongkuan.cli.exits import report_error
-from tongkuan.cli.verbs import main
-from tongkuan.model import encoders as model  # all imported as root: not everybody may read where they are installed
+from tongkuan.cli.verbs import VERBS, main
+from tongkuan.model import encoders as model
+
+for verb in VERBS.values():  # as root: not everybody may read where they are installed
+    for target in (verb.function, *verb.instead.values(), *verb.derived.values()):
+        if isinstance(target, str):
+            importlib.import_module(target.partition(":")[0])
 
 
 @pytest.fixture(scope="module")
