@@ -21,7 +21,7 @@ from tongkuan.learn.dataloader import Loaded, load_parts
 from tongkuan.learn.run import Run
 from tongkuan.learn.step import TrainStep
 from tongkuan.learn.train import open_training
-from tongkuan.model.towers import TwoTowers
+from tongkuan.model.trunk import ItemModel
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair, components
 from tongkuan.records.labels import labels_of
@@ -120,7 +120,7 @@ def probe_steps(train_step: TrainStep, loaded: Generator[Loaded], first_step: in
 
 
 def probe_items(
-    model: TwoTowers,
+    model: ItemModel,
     store: ItemStore,
     item_ids: Sequence[str],
     settings: DataSettings,

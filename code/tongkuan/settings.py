@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 import pydantic
@@ -20,15 +20,18 @@ from tongkuan.records.attributes import TEN_KEYS, AttributeStyle
 
 MAX_PRESET = 100_000  # bytes
 INTEGER = "tag:yaml.org,2002:int"
+ONE_TOWER_CONSTANTS = 2  # numbers of q that are no part's
 PRESET_DIR = Path(__file__).resolve().parents[1] / "presets"
 Precision = Literal["fp32", "bf16", "fp16"]
 Inputs = Literal["both", "text", "image"]
+Towers = Literal["two", "shared", "one"]
 Scalar = bool | int | float | str
 Number = BeforeValidator(as_number)
 # Wide of what anybody needs, and narrow enough for arithmetic, memory and model files to hold.
 Count = Annotated[int, Number, Field(ge=1, le=10**9)]  # of steps
 CountOrZero = Annotated[int, Number, Field(ge=0, le=10**9)]
 Size = Annotated[int, Number, Field(ge=1, le=65_536)]
+SizeOrZero = Annotated[int, Number, Field(ge=0, le=512)]
 Threads = Annotated[int, Number, Field(ge=1, le=4096)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
 Moment = Annotated[float, Number, Field(ge=0, lt=1)]
@@ -42,6 +45,21 @@ class Section(pydantic.BaseModel):
     """A group of settings; unknown keys are errors, never ignored."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    later: ClassVar[tuple[str, ...]] = ()
+    """Settings that came after the first models: a file says them only where they are no default, so that the same
+    training still gives the same bytes."""
+
+    @pydantic.model_serializer(mode="wrap")
+    def serialised(
+        self, write: pydantic.SerializerFunctionWrapHandler, info: pydantic.SerializationInfo
+    ) -> dict[str, Any]:
+        """As plain values; all of them when the context asks for `everything`."""
+        values: dict[str, Any] = write(self)
+        if not (info.context and info.context.get("everything")):
+            for name in self.later:
+                if getattr(self, name) == type(self).model_fields[name].default:
+                    values.pop(name, None)
+        return values
 
 
 class TextEncoder(Section):
@@ -72,9 +90,32 @@ class ImageEncoder(Section):
     """Further arguments of timm.create_model."""
 
 
-class ModelSettings(Section):
-    """The two towers, threshold and commodity: all that `predict` needs to know."""
+class Parts(Section):
+    """What one tower reads an item by: numbers of the embedding that each part has; 0 leaves a part out."""
 
+    text: SizeOrZero = 96
+    """The text encoder's [CLS] and mean of tokens."""
+    image: SizeOrZero = 160
+    """The image encoder's pooled features."""
+    views: Annotated[int, Number, Field(ge=1, le=3)] = 1
+    """Pictures that the image encoder is shown of each: the whole, mirrored, its middle."""
+    object_colour: SizeOrZero = 48
+    """CIELAB of what is not ground."""
+    whole_colour: SizeOrZero = 32
+    """HSV of the picture and of its middle."""
+    words: SizeOrZero | None = None
+    """Pieces of the text, model numbers and what is said by key; empty: what is left."""
+    keys: SizeOrZero = 60
+    """Keys at most that count each by itself, the commonest of the training items."""
+
+
+class ModelSettings(Section):
+    """The towers: all that `predict` needs to know."""
+
+    later: ClassVar[tuple[str, ...]] = ("towers", "parts")
+    towers: Towers = "two"
+    """two: as published. shared: one trunk, a head for p and one for q. one: parts joined with learned weights."""
+    parts: Parts = Parts()
     inputs: Inputs = "both"
     """text and image, or one alone (for the ablation)."""
     embedding_size: Annotated[int, Number, Field(ge=1, le=512)] = 512
@@ -85,6 +126,28 @@ class ModelSettings(Section):
     """Keys whose values follow the title, in this order."""
     text: TextEncoder = TextEncoder()
     image: ImageEncoder = ImageEncoder()
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a text encoder reads tokens."""
+        return self.inputs != "image" and (self.towers != "one" or self.parts.text > 0)
+
+    @property
+    def has_image(self) -> bool:
+        """Whether an image encoder looks at pictures."""
+        return self.inputs != "text" and (self.towers != "one" or self.parts.image > 0)
+
+    def part_sizes(self) -> dict[str, int]:
+        """Numbers by part of one tower's q, of those that `inputs` allows; negative words: the others are too many."""
+        parts, reads_texts, looks = self.parts, self.inputs != "image", self.inputs != "text"
+        sizes = {
+            "text": parts.text if reads_texts else 0,
+            "image": parts.image if looks else 0,
+            "object_colour": parts.object_colour if looks else 0,
+            "whole_colour": parts.whole_colour if looks else 0,
+        }
+        left = self.embedding_size - ONE_TOWER_CONSTANTS - sum(sizes.values())
+        return sizes | {"words": (left if parts.words is None else parts.words) if reads_texts else 0}
 
 
 class Augmentation(Section):
@@ -105,8 +168,8 @@ class Augmentation(Section):
 class TrainSettings(Section):
     """How the towers learn (published values: arXiv 2208.11064, run 63)."""
 
-    steps: Count = 100_000
-    """Optimiser steps."""
+    steps: CountOrZero = 100_000
+    """Optimiser steps; 0 with one tower: only what is found without any."""
     pairs: Size = 8
     """Pairs a step, over all ranks and accumulated parts: the global batch."""
     accumulate: Size = 1
@@ -250,7 +313,9 @@ def describe(resolved: Resolved) -> str:
             origin = (origin_of(resolved.origins, loc) or "default") if is_said else "default"
             yield f"{indent + text:<{width}}  # {origin.removeprefix(f'{PRESET_DIR}/')}"
 
-    return "\n".join(lines(resolved.settings.model_dump(mode="json"), resolved.values, ()))
+    return "\n".join(
+        lines(resolved.settings.model_dump(mode="json", context={"everything": True}), resolved.values, ())
+    )
 
 
 def origin_of(origins: Origins, loc: tuple[str, ...]) -> str | None:
@@ -371,6 +436,15 @@ def contradictions(settings: Settings) -> list[str]:
     problems = []
     if settings.train.pairs % settings.train.accumulate:
         problems.append("train.pairs must be a multiple of train.accumulate; change one of them")
+    if not settings.train.steps and settings.model.towers != "one":
+        problems.append("train.steps=0 leaves two towers as they start; take steps, or set model.towers=one")
+    if settings.model.towers == "one":
+        size, taken = settings.model.embedding_size, sum(settings.model.part_sizes().values()) + ONE_TOWER_CONSTANTS
+        if taken > size or settings.model.part_sizes()["words"] < 0 or settings.model.parts.keys + 2 > size:
+            problems.append(
+                f"model.parts and {ONE_TOWER_CONSTANTS} more numbers do not fit in model.embedding_size={size}; "
+                "make parts or their keys fewer, or it larger"
+            )
     for key, value in settings.model.text.config.items():
         is_size = key.startswith("num_") or (key.endswith("_size") and key != "type_vocab_size")  # of which 0 is none
         if is_size and not (isinstance(value, int) and value >= 1):

@@ -35,10 +35,14 @@ SOURCES = (
     "encode/cache",
     "encode/encode",
     "encode/store",
+    "model/colour",
     "model/encoders",
+    "model/one",
     "model/towers",
+    "model/trunk",
     "records/colours",
     "records/pictures",
+    "records/words",
 )
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKSUM = hashlib.sha256().digest_size  # bytes
@@ -88,7 +92,8 @@ class Cache:
     def key(self, store: ItemStore, item_ids: Sequence[str]) -> str:
         """The name of a batch's file."""
         pictures = [self.picture_hash(store, item_id) for item_id in item_ids]
-        asked = [self._recipe.decode(), store.tokens(item_ids), pictures, store.side]
+        words = [store.words(item_id) for item_id in item_ids] if store.reads_words else []
+        asked = [self._recipe.decode(), store.tokens(item_ids), pictures, store.side, *map(repr, words)]
         contents = orjson.dumps(asked, option=orjson.OPT_SERIALIZE_NUMPY)
         return hashlib.sha256(contents).hexdigest()
 

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from tqdm import tqdm
 
 from tongkuan.base.machine import available_cores, keep_freed_memory, multiplies
 from tongkuan.encode.cache import Cache
 from tongkuan.encode.store import Batch, ItemStore, normalised, prefetch
-from tongkuan.model.towers import TwoTowers, halve_weights, pair_scores
+from tongkuan.model.towers import halve_weights, pair_scores
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
 from tongkuan.settings import DataSettings, ModelSettings, Precision
@@ -47,7 +48,7 @@ def batch_size(settings: DataSettings, model: ModelSettings, device: torch.devic
     return min(32, max(1, CACHED_PIXELS // model.image.size**2))
 
 
-def prepare(model: TwoTowers, device: torch.device, precision: Precision) -> None:
+def prepare(model: nn.Module, device: torch.device, precision: Precision) -> None:
     """Bring a model that is only to encode to its device and precision."""
     keep_freed_memory()
     if precision != "fp32":
@@ -79,7 +80,7 @@ def one_thread_each() -> Iterator[None]:
 
 
 def encode(
-    model: TwoTowers,
+    model: nn.Module,
     store: ItemStore,
     item_ids: Sequence[str],
     settings: DataSettings,
@@ -110,7 +111,7 @@ def encode(
         with torch.inference_mode(), autocast(ranks.device, precision):
             batch = batch.to(ranks.device)
             images = normalised(batch, store.settings.image)
-            numbers: Embeddings = model(images, batch.ids, batch.mask).float().cpu().numpy()
+            numbers: Embeddings = model(images, batch.ids, batch.mask, *batch.words).float().cpu().numpy()
         if cache:
             cache.save(store, ids, batch, numbers)
         return numbers

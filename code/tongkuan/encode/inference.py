@@ -11,7 +11,7 @@ from tongkuan.encode.cache import Cache, open_cache
 from tongkuan.encode.encode import Embeddings, distinct_items, encode, prepare
 from tongkuan.encode.store import ItemStore, open_store
 from tongkuan.model.modelfile import ModelCard, load_model
-from tongkuan.model.towers import TwoTowers
+from tongkuan.model.trunk import ItemModel
 from tongkuan.ranks.group import Ranks, join_ranks
 from tongkuan.records.items import Item, Pair, item_file, pair_file, read_items, read_pairs
 from tongkuan.records.rows import given
@@ -37,7 +37,7 @@ class Inference:
 
     files: dict[str, Path]
     """The files that decide the result: model, items, pairs."""
-    model: TwoTowers
+    model: ItemModel
     card: ModelCard
     items: dict[str, Item]
     pairs: list[Pair]

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from tongkuan.base.errors import UserError
 from tongkuan.records.attributes import coverage_lines, item_text
 from tongkuan.records.items import Item
 from tongkuan.records.pictures import SIDE, UnreadableError, prepared_side, read_image
+from tongkuan.records.words import Word, words_of
 from tongkuan.settings import ImageEncoder, ModelSettings
 
 T = TypeVar("T")
@@ -40,15 +41,21 @@ class Batch:
     has_image: Tensor
     ids: Tensor
     mask: Tensor
+    words: tuple[Tensor, ...] = field(default=(), kw_only=True)
+    """What model.one.Words holds, for a model that reads it."""
 
     def pin(self) -> "Batch":
         """The same batch in memory that a GPU reads by itself, while the CPU does other things."""
-        return Batch(*(tensor.pin_memory() for tensor in (self.images, self.has_image, self.ids, self.mask)))
+        return self.each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        tensors = (self.images, self.has_image, self.ids, self.mask)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with every tensor changed."""
+        tensors = map(change, (self.images, self.has_image, self.ids, self.mask))
+        return Batch(*tensors, words=tuple(map(change, self.words)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +195,17 @@ class ItemStore:
         for number, row_tokens in enumerate(tokens):
             ids[number, : len(row_tokens)] = row_tokens
             mask[number, : len(row_tokens)] = 1
-        return Batch(*(torch.from_numpy(array) for array in (images, has_image, ids, mask)))
+        words = padded_words([self.words(item_id) for item_id in item_ids]) if self.reads_words else ()
+        return Batch(*(torch.from_numpy(array) for array in (images, has_image, ids, mask)), words=words)
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether the model reads words beside tokens."""
+        return self.settings.towers == "one" and self.settings.part_sizes()["words"] > 0
+
+    def words(self, item_id: str) -> list[Word]:
+        """The item's words as buckets."""
+        return words_of(self.items[item_id], self.settings.attributes)
 
     def coverage(self) -> list[str]:
         """Lines on what the items have of the attributes that the model reads; none when it reads no text."""
@@ -202,6 +219,14 @@ class ItemStore:
             return ""
         first = self.image_dir / min(self.unreadable)
         return f"{len(self.unreadable)} pictures are missing or unreadable and count as blank, first {first}"
+
+
+def padded_words(rows: Sequence[Sequence[Word]]) -> tuple[Tensor, Tensor]:
+    """Buckets and owners of each item's words, int64 (N, G); owners are -1 where there is none."""
+    width = max(1, *map(len, rows))
+    padded = [[*((word.bucket, word.owner) for word in row), *[(0, -1)] * (width - len(row))] for row in rows]
+    both = torch.tensor(padded, dtype=torch.int64)
+    return both[..., 0].contiguous(), both[..., 1].contiguous()
 
 
 def open_store(

@@ -53,7 +53,7 @@ def load_task(settings: Settings, data_dir: Path) -> Task:
     notes.append(valid_labels_note(pair_file(data_dir, "valid"), pairs["valid"]))
     model = settings.model
     tokenizer, text_config = None, None
-    if model.inputs != "image":
+    if model.has_text:
         texts = (item_text(item, model.attribute_keys, model.attributes) for item in items["train"].values())
         tokenizer = build_tokenizer(model.text, texts)
         text_config = text_config_of(model.text, tokenizer.get_vocab_size())

@@ -15,7 +15,8 @@ from tongkuan.encode.store import Batch, normalised
 from tongkuan.learn.augment import augment
 from tongkuan.learn.batches import Part
 from tongkuan.learn.dataloader import Loaded
-from tongkuan.model.towers import TwoTowers, pair_logits
+from tongkuan.model.towers import pair_logits
+from tongkuan.model.trunk import ItemModel
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import Augmentation, Settings, TrainSettings
 
@@ -27,17 +28,17 @@ def learning_rate_at(step: int, peak: float, settings: TrainSettings) -> float:
     return cosine * min(1.0, (step + 1) / (settings.warmup_steps + 1))
 
 
-def make_optimizer(model: TwoTowers, settings: TrainSettings) -> torch.optim.Adam:
+def make_optimizer(model: ItemModel, settings: TrainSettings) -> torch.optim.Adam:
     """Adam with text encoders, image encoders and linear layers in groups of their own."""
-    peaks = {
-        "text": settings.learning_rate,
-        "image": settings.image_learning_rate or settings.learning_rate,
-        "head": settings.head_learning_rate or settings.learning_rate,
-    }
     groups = []
-    for part, peak in peaks.items():
-        modules = (getattr(tower, part) for tower in (model.threshold, model.commodity))
-        parameters = [p for module in modules if module is not None for p in module.parameters()]
+    for parameters, peak in (
+        ([p for text in model.encoders("text") for p in text.parameters()], settings.learning_rate),
+        (
+            [p for image in model.encoders("image") for p in image.parameters()],
+            settings.image_learning_rate or settings.learning_rate,
+        ),
+        (model.joining(), settings.head_learning_rate or settings.learning_rate),
+    ):
         if parameters:
             groups.append({"params": parameters, "peak": peak})
     return torch.optim.Adam(
@@ -48,7 +49,7 @@ def make_optimizer(model: TwoTowers, settings: TrainSettings) -> torch.optim.Ada
 class TrainStep:
     """Model, optimiser and scaler, and what one step does to them."""
 
-    def __init__(self, model: TwoTowers, settings: Settings, ranks: Ranks) -> None:
+    def __init__(self, model: ItemModel, settings: Settings, ranks: Ranks) -> None:
         self.model, self.settings, self.device = model, settings, ranks.device
         self.optimizer = make_optimizer(model, settings.train)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.train.precision == "fp16")
@@ -111,7 +112,7 @@ class TrainStep:
             place = (options.seed, part.step, part.rows, 2 * options.pairs, self.settings.model.text.max_tokens)
             images, mask = augment(images, mask, options.augmentation, *place)
         with autocast(self.device, options.precision):
-            embeddings = self.wrapped(images, batch.ids, mask)  # (items, 2D)
+            embeddings = self.wrapped(images, batch.ids, mask, *batch.words)  # (items, 2D)
         embeddings = embeddings.float()
         return nn.functional.cross_entropy(pair_logits(embeddings[left], embeddings[right]), classes)
 

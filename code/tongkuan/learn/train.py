@@ -6,7 +6,7 @@ Run the same command again after an interruption: it goes on from the last check
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from tongkuan.encode.encode import batch_size, distinct_items, encode, length_ba
 from tongkuan.encode.store import normalised
 from tongkuan.learn.batches import BatchSampler
 from tongkuan.learn.dataloader import Task, load_parts, load_task
+from tongkuan.learn.fit import fit
 from tongkuan.learn.run import Run
 from tongkuan.learn.step import TrainStep
 from tongkuan.model.modelfile import ModelCard, save_model
-from tongkuan.model.towers import TwoTowers, build, checkpoint_activations, whiten_head
+from tongkuan.model.one import OneTower
+from tongkuan.model.towers import SharedTowers, TwoTowers, build, checkpoint_activations, whiten_head
+from tongkuan.model.trunk import ItemModel, Trunk
 from tongkuan.ranks.group import Ranks, join_ranks
 from tongkuan.ranks.stop import StopRequests
 from tongkuan.records.labels import labels_of
@@ -58,7 +61,7 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
 
 
 @contextmanager
-def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Task, TwoTowers, Ranks]]:
+def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Task, ItemModel, Ranks]]:
     """What there is to learn, and the network before its first step on this rank's device."""
     task, options = load_task(settings, data_dir), settings.train
     with join_ranks() as ranks:
@@ -85,15 +88,16 @@ def check_batch(settings: TrainSettings, ranks: Ranks) -> None:
 class Trainer:
     """The training loop of one rank: steps, rows, validations, checkpoints."""
 
-    def __init__(self, settings: Settings, task: Task, model: TwoTowers, ranks: Ranks, run: Run) -> None:
+    def __init__(self, settings: Settings, task: Task, model: ItemModel, ranks: Ranks, run: Run) -> None:
         self.settings, self.options = settings, settings.train
         self.task, self.model, self.ranks, self.run = task, model, ranks, run
 
     def fit(self) -> None:
         """Take all steps that are left, or those up to a request to stop; every rank takes part."""
         options, run, ranks = self.options, self.run, self.ranks
-        if options.whiten and run.is_new:
-            self.whiten()
+        is_new = run.is_new
+        if is_new:
+            self.start()
         torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs from rank to rank
         keep_freed_memory()
         step = TrainStep(self.model, self.settings, ranks)
@@ -127,6 +131,9 @@ class Trainer:
                         run.save(number, self.model, step.optimizer, step.scaler, owes)
                 if is_stopped:
                     break
+        if is_new and not options.steps:
+            self.validate(0)
+            run.save(0, self.model, step.optimizer, step.scaler)
         run.close()
 
     def progress(self, done: int) -> "tqdm[Any]":
@@ -207,19 +214,28 @@ class Trainer:
             card = ModelCard(settings.model, threshold, task.card.text_config, task.card.tokenizer, facts)
             save_model(run.best, self.model, card)
 
-    def whiten(self) -> None:
-        """whiten_head of both towers on the first training items by id; the same on every rank."""
-        model, store, settings = self.model, self.task.train_store, self.settings
-        chosen = sorted(distinct_items(self.task.train_pairs))[:WHITEN_ITEMS]
-        size = batch_size(settings.data, settings.model, self.ranks.device)
-        model.eval()
-        with one_thread_each(), torch.no_grad():
-            features: list[list[Tensor]] = [[], []]
-            for item_batch in length_batches(store, chosen, size):
-                batch = store.batch(item_batch).to(self.ranks.device)
-                images = normalised(batch, settings.model.image)
-                for found, tower in zip(features, (model.threshold, model.commodity), strict=True):
-                    found.append(tower.features(images, batch.ids, batch.mask).cpu())
+    def start(self) -> None:
+        """What is set before the first step, from the training items; the same on every rank."""
+        model, store, data = self.model, self.task.train_store, self.settings.data
+        if isinstance(model, OneTower):
+            fit(model, store, self.task.train_pairs, data, self.ranks)
+        elif self.options.whiten:
+            assert isinstance(model, TwoTowers | SharedTowers)
+            model.eval()
+            chosen = sorted(distinct_items(self.task.train_pairs))[:WHITEN_ITEMS]
+            batches = length_batches(store, chosen, batch_size(data, self.settings.model, self.ranks.device))
             # Two like towers would cancel out. So scores start as likeness (q.q), and thresholds (p.p) near 0.
-            for found, tower, norm in zip(features, (model.threshold, model.commodity), WHITEN_NORMS, strict=True):
-                whiten_head(tower.head, torch.cat(found), norm)
+            features = self.features(list(dict.fromkeys(trunk for trunk, _ in model.heads())), batches)
+            for (trunk, head), norm in zip(model.heads(), WHITEN_NORMS, strict=True):
+                whiten_head(head, features[trunk], norm)
+
+    def features(self, trunks: Sequence[Trunk], batches: Sequence[Sequence[str]]) -> dict[Trunk, Tensor]:
+        """What each trunk says of the items in batches, float (items, width)."""
+        found: dict[Trunk, list[Tensor]] = {trunk: [] for trunk in trunks}
+        with one_thread_each(), torch.no_grad():
+            for item_batch in batches:
+                batch = self.task.train_store.batch(item_batch).to(self.ranks.device)
+                images = normalised(batch, self.settings.model.image)
+                for trunk, rows in found.items():
+                    rows.append(trunk.features(images, batch.ids, batch.mask).cpu())
+        return {trunk: torch.cat(rows) for trunk, rows in found.items()}

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tongkuan.base.errors import UserError, clip, missing
 from tongkuan.base.files import publish
-from tongkuan.model.towers import TwoTowers, build
+from tongkuan.model.towers import build
+from tongkuan.model.trunk import ItemModel
 from tongkuan.model.wrappings import ROOTS
 from tongkuan.settings import ModelSettings
 
@@ -62,7 +63,7 @@ class ModelCard:
         return Tokenizer.from_str(self.tokenizer) if self.tokenizer is not None else None
 
 
-def save_model(path: Path, model: TwoTowers, card: ModelCard) -> None:
+def save_model(path: Path, model: ItemModel, card: ModelCard) -> None:
     """Publish weights and card. The same weights and card give the same bytes."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     # As safetensors' own writer has them: counters of batch norms, which are int64, go before float32, then by name.
@@ -106,7 +107,7 @@ def format_card(card: ModelCard) -> dict[str, str]:
     return {MODEL_KEY: orjson.dumps(about, option=orjson.OPT_SORT_KEYS).decode()}
 
 
-def load_model(path: Path) -> tuple[TwoTowers, ModelCard]:
+def load_model(path: Path) -> tuple[ItemModel, ModelCard]:
     """The model on the CPU, in evaluation mode. UserError when the file is missing, damaged or not ours."""
     if not path.is_file():
         if path.is_dir():
@@ -156,7 +157,7 @@ def parse_card(path: Path, metadata: Mapping[str, str]) -> ModelCard:
             about["tokenizer"],
             about["facts"],
         )
-        reads_texts = card.settings.inputs != "image"
+        reads_texts = card.settings.has_text
         if (
             not (isinstance(card.text_config, dict) and isinstance(card.tokenizer, str))
             if reads_texts

@@ -68,6 +68,8 @@ def import_release(
         text_config, tokenizer = text_parts(settings.text, text_encoder, params)
         with torch.device("meta"):  # shapes without numbers
             model = build(settings, text_config, pretrained=False)
+        if not isinstance(model, TwoTowers):
+            raise UserError(f"{checkpoint}: a released checkpoint has two towers; set model.towers=two")
         check_maps(model, settings.image.size)
         origins = {name: released_names(name) for name in model.state_dict()}
         check_keys(params, origins, model, checkpoint)

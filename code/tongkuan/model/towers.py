@@ -13,53 +13,56 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tongkuan.model.encoders import build_image, build_text
+from tongkuan.model.one import OneTower
+from tongkuan.model.trunk import ItemModel, Trunk
 from tongkuan.settings import ModelSettings
 
 
-class Tower(nn.Module):
+class Tower(Trunk):
     """Text and picture of N items -> (N, embedding_size)."""
 
     def __init__(self, text: nn.Module | None, image: nn.Module | None, embedding_size: int) -> None:
-        super().__init__()
-        self.text, self.image = text, image
-        width = (text.config.hidden_size if text else 0) + (image.num_features if image else 0)  # type: ignore[operator, union-attr]
-        self.head = nn.Linear(int(width), embedding_size)
+        super().__init__(text, image)
+        self.head = nn.Linear(self.width, embedding_size)
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """images float (N, 3, S, S) normalised; ids and mask int64 (N, T). Returns float (N, embedding_size)."""
+        """float (N, embedding_size); inputs as in Trunk.features."""
         return self.head(self.features(images, ids, mask))  # type: ignore[no-any-return]
 
-    def features(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """What the encoders say, text first: float (N, width of the head)."""
-        parts = []
-        if self.text is not None:
-            parts.append(self.text(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])  # [CLS] (N, H)
-        if self.image is not None:
-            parts.append(self.image(images))  # (N, F)
-        return torch.cat(parts, dim=1)
 
-
-class TwoTowers(nn.Module):
-    """The threshold and the commodity tower, never shared."""
+class TwoTowers(ItemModel):
+    """The threshold and the commodity tower, as published: nothing is shared."""
 
     def __init__(self, threshold: Tower, commodity: Tower) -> None:
         super().__init__()
         self.threshold, self.commodity = threshold, commodity
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [p ; q], float (N, 2 x embedding_size); inputs as in Tower."""
+        """Embeddings [p ; q], float (N, 2 x embedding_size); inputs as in Trunk.features."""
         return torch.cat([self.threshold(images, ids, mask), self.commodity(images, ids, mask)], dim=1)
 
-    def train(self, mode: bool = True) -> "TwoTowers":
-        """Training mode, with batch normalisation at its learned statistics.
+    def heads(self) -> list[tuple[Trunk, nn.Linear]]:
+        """Trunk and head of p, then of q."""
+        return [(tower, tower.head) for tower in (self.threshold, self.commodity)]
 
-        Statistics of a few pictures are noise, and would differ with the number of ranks.
-        """
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
+
+class SharedTowers(ItemModel):
+    """One trunk with a head for p and one for q: half the work of TwoTowers."""
+
+    def __init__(self, trunk: Trunk, embedding_size: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.threshold = nn.Linear(trunk.width, embedding_size)
+        self.commodity = nn.Linear(trunk.width, embedding_size)
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings [p ; q], float (N, 2 x embedding_size); inputs as in Trunk.features."""
+        features = self.trunk.features(images, ids, mask)
+        return torch.cat([self.threshold(features), self.commodity(features)], dim=1)
+
+    def heads(self) -> list[tuple[Trunk, nn.Linear]]:
+        """Trunk and head of p, then of q."""
+        return [(self.trunk, self.threshold), (self.trunk, self.commodity)]
 
 
 def pair_logits(left: Tensor, right: Tensor) -> Tensor:
@@ -99,30 +102,33 @@ def whiten_head(head: nn.Linear, features: Tensor, norm: float, floor: float = 0
     head.bias.copy_(-weight @ mean)
 
 
-def build(settings: ModelSettings, text_config: Mapping[str, Any] | None, pretrained: bool) -> TwoTowers:
+def build(settings: ModelSettings, text_config: Mapping[str, Any] | None, pretrained: bool) -> ItemModel:
     """The network of `settings`; `text_config` is the resolved transformers configuration (None without texts).
 
     With `pretrained`, encoders start from the weights that the settings name, else from the current random state.
     """
-    towers = []
-    for _ in range(2):
+
+    def encoders() -> tuple[nn.Module | None, nn.Module | None]:
         text = build_text(settings.text, text_config, pretrained) if text_config is not None else None
-        image = build_image(settings.image, pretrained) if settings.inputs != "text" else None
-        towers.append(Tower(text, image, settings.embedding_size))
-    return TwoTowers(*towers)
+        return text, build_image(settings.image, pretrained) if settings.has_image else None
+
+    if settings.towers == "one":
+        return OneTower(settings, *encoders())
+    if settings.towers == "shared":
+        return SharedTowers(Trunk(*encoders()), settings.embedding_size)
+    return TwoTowers(*(Tower(*encoders(), settings.embedding_size) for _ in range(2)))
 
 
-def halve_weights(model: TwoTowers, dtype: torch.dtype) -> None:
+def halve_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Round once, and for good, the weights that autocast would round in every batch: the same numbers."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(dtype)
 
 
-def checkpoint_activations(model: TwoTowers) -> None:
-    """Keep no inner activations of the four encoders for backward; recompute them."""
-    for tower in (model.threshold, model.commodity):
-        if tower.text is not None:
-            tower.text.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        if tower.image is not None:
-            tower.image.set_grad_checkpointing(True)  # type: ignore[operator]
+def checkpoint_activations(model: ItemModel) -> None:
+    """Keep no inner activations of the encoders for backward; recompute them."""
+    for text in model.encoders("text"):
+        text.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    for image in model.encoders("image"):
+        image.set_grad_checkpointing(True)  # type: ignore[operator]

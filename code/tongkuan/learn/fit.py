@@ -1,0 +1,258 @@
+"""One tower without steps: what its parts weigh, found from the training pairs with frozen encoders.
+
+Features are computed once an item. Each part's projection is the principal components of the training items, and what
+the parts weigh is a logistic regression on the pairs' likeness by part: so a pair's score is the log-odds that it is
+the same product, and the threshold is 0 by construction.
+
+The likeness that the regression sees is cross-fitted: by components of other products alone. Components spread the
+items that they were found on further apart than others, and a part would weigh less than it is worth on new ones.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tongkuan.encode.encode import distinct_items, encode, one_thread_each
+from tongkuan.encode.store import ItemStore
+from tongkuan.model.one import OneTower, Projection, Words
+from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import Pair, components
+from tongkuan.records.labels import labels_of
+from tongkuan.records.words import KINDS, Word
+from tongkuan.settings import DataSettings
+
+FOLDS = 4
+WHITENED = ("text", "image")
+"""Parts whose components count alike; of the others' those that vary more count more."""
+PENALTY = 1e-3  # of squared weights of columns of deviation 1, against the mean loss of a pair
+FIRST_ROOT = 0.1
+ITERATIONS = 300
+LEAST_ITEMS = 20  # that say something by a key, or it gets no slot
+
+
+@dataclass
+class Columns:
+    """What the regression sees of the pairs, each float64 (pairs,), in the order of the tower's parts."""
+
+    likeness: list[Tensor] = field(default_factory=list)
+    """0 where a side lacks the part; its weight is at least 0."""
+    common: list[Tensor] = field(default_factory=list)
+    """By kind of word, how much both sides are like the mean training item; of any weight."""
+    both: list[Tensor] = field(default_factory=list)
+    """By slot, whether both sides have the key; its weight is at most 0."""
+
+
+def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], settings: DataSettings, ranks: Ranks) -> None:
+    """Set all of a tower but its encoders from labelled pairs; the same on every rank."""
+    item_ids = distinct_items(pairs)
+    row_of = {item_id: row for row, item_id in enumerate(item_ids)}
+    left, right = (torch.tensor([row_of[getattr(pair, side)] for pair in pairs]) for side in ("left", "right"))
+    labels = torch.from_numpy(labels_of(pairs)).double()
+    raw = features_of(tower, store, item_ids, settings, ranks)
+    columns = Columns()
+    with one_thread_each(), torch.no_grad():  # how a sum is cut among threads changes its last bits
+        folds = folds_of(pairs, row_of)
+        for name, projection in projections_of(tower):
+            columns.likeness.append(cross_fitted(raw[name], projection.size, name in WHITENED, folds, left, right))
+            set_components(projection, raw[name], name in WHITENED)
+        if tower.words is not None:
+            words = [store.words(item_id) for item_id in item_ids]
+            learn_words(tower.words, words)
+            means = add_words(columns, tower.words, words, left.tolist(), right.tolist())
+        with torch.enable_grad():
+            likeness, common, both, bias = regression(columns, labels)
+        for (_, projection), weight in zip(projections_of(tower), likeness, strict=False):
+            projection.scale.copy_(weight.sqrt())
+        if tower.words is not None:
+            tower.words.scales.copy_(likeness[-len(tower.words.scales) :].sqrt())
+            tower.words.lack.copy_((-both).sqrt())
+            tower.words.generic.copy_(common @ means)
+            bias = bias - 1  # which the last numbers of p and q make more
+        tower.bias.copy_(torch.stack([-bias, bias]).clamp(min=0).sqrt())
+
+
+class RawFeatures(nn.Module):
+    """A tower's raw features in one row an item: what `encode` computes."""
+
+    def __init__(self, tower: OneTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, *_words: Tensor) -> Tensor:
+        """float (N, all parts' raw widths)."""
+        return torch.cat([*self.tower.raw(images, ids, mask).values()], dim=1)
+
+
+def features_of(
+    tower: OneTower, store: ItemStore, item_ids: Sequence[str], settings: DataSettings, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Raw features by part, float64 (items, width)."""
+    widths = tower.widths()
+    if not widths:
+        return {}
+    rows = encode(RawFeatures(tower).eval(), store, item_ids, settings, ranks, label="features")
+    numbers = torch.from_numpy(np.stack([rows[item_id] for item_id in item_ids])).double()
+    return dict(zip(widths, numbers.split([*widths.values()], dim=1), strict=True))
+
+
+def projections_of(tower: OneTower) -> list[tuple[str, Projection]]:
+    """The tower's projected parts in their order."""
+    return [(name, part) for name, part in tower.projections.items() if isinstance(part, Projection)]
+
+
+def folds_of(pairs: Sequence[Pair], row_of: dict[str, int]) -> Tensor:
+    """A fold for each item, int64 (items,); a product, as far as the pairs tell, is in one fold whole."""
+    same = [pair for pair in pairs if pair.label == 1]
+    products = [
+        sorted({row_of[item] for index in group for item in (same[index].left, same[index].right)})
+        for group in components(same)
+    ]
+    fold_of = torch.arange(len(row_of)) % FOLDS
+    for place, product in zip(np.random.default_rng(0).permutation(len(products)).tolist(), products, strict=True):
+        fold_of[product] = place % FOLDS
+    return fold_of
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Projected parts
+
+
+def cross_fitted(raw: Tensor, size: int, whiten: bool, folds: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Likeness of each pair by a part, float64 (pairs,), from components of neither side's product.
+
+    A pair whose sides are in two folds has the mean of two, each of which has not seen one side.
+    """
+    sums, times = torch.zeros(2, len(left), dtype=torch.float64)
+    there = raw.any(dim=1)
+    for fold in range(FOLDS):
+        mean, weight = components_of(raw[there & (folds != fold)], size, whiten)
+        unit = functional.normalize((raw - mean) @ weight.T, dim=1) * there.unsqueeze(1)
+        asked = (folds[left] == fold) | (folds[right] == fold)
+        sums[asked] += (unit[left[asked]] * unit[right[asked]]).sum(dim=1)
+        times[asked] += 1
+    means: Tensor = sums / times
+    return means
+
+
+def components_of(features: Tensor, size: int, whiten: bool) -> tuple[Tensor, Tensor]:
+    """(mean (W,), weight (size, W)) of principal components of float64 (N, W); rows of 0 where there are fewer.
+
+    Whitened ones are of correlations, with a floor at their mean variance: what varies less is noise.
+    """
+    width = features.shape[1]
+    mean, weight = torch.zeros(width, dtype=torch.float64), torch.zeros(size, width, dtype=torch.float64)
+    if len(features) < 2:
+        return mean, weight
+    mean = features.mean(dim=0)
+    deviation = features.std(dim=0).clamp(min=1e-6) if whiten else torch.ones(width, dtype=torch.float64)
+    variances, directions = torch.linalg.eigh(torch.cov(((features - mean) / deviation).T))  # ascending
+    if whiten:
+        directions = directions / variances.clamp(min=float(variances.mean())).sqrt()
+    kept = min(size, width, len(features) - 1)
+    weight[:kept] = (directions[:, -kept:] / deviation.unsqueeze(1)).T.flip(0)
+    return mean, weight
+
+
+def set_components(projection: Projection, raw: Tensor, whiten: bool) -> None:
+    """The projection that all training items give."""
+    mean, weight = components_of(raw[raw.any(dim=1)], projection.size, whiten)
+    projection.linear.weight.copy_(weight)
+    projection.linear.bias.copy_(-weight @ mean)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def learn_words(words: Words, items: Sequence[Sequence[Word]]) -> None:
+    """The idf of every bucket, and a slot for the commonest keys, those of as many items by number."""
+    items_with = Counter(bucket for own in items for bucket in {word.bucket for word in own})
+    counts = torch.zeros(len(words.idf), dtype=torch.float64)
+    counts[[*items_with]] = torch.tensor([*items_with.values()], dtype=torch.float64)
+    words.idf.copy_(torch.log((1 + len(items)) / (1 + counts)))
+    keys = Counter(owner for own in items for owner in {word.owner for word in own} if owner >= len(KINDS))
+    common = sorted((key for key, count in keys.items() if count >= LEAST_ITEMS), key=lambda key: (-keys[key], key))
+    for slot, owner in enumerate(common[: len(words.lack)]):
+        words.group_of[owner] = len(KINDS) + slot
+
+
+def add_words(
+    columns: Columns, words: Words, items: Sequence[Sequence[Word]], left: Sequence[int], right: Sequence[int]
+) -> Tensor:
+    """Append the exact columns of words, by kind, then by slot: the sketch only adds noise to them.
+
+    Returns the mean item by kind, float64 (kinds, BUCKETS).
+    """
+    group_of, idf = words.group_of.numpy(), words.idf.double().numpy()
+    units: list[list[dict[int, float]]] = []  # of each item, by group
+    for own in items:
+        groups: list[dict[int, float]] = [{} for _ in words.scales]
+        for word in own:
+            if (group := group_of[word.owner]) >= 0 and idf[word.bucket] > 0:
+                groups[group][word.bucket] = idf[word.bucket]
+        units.append([normalised(group) for group in groups])
+    means = np.zeros((len(KINDS), len(idf)))
+    for own_units in units:
+        for mean, group in zip(means, own_units, strict=False):
+            mean[[*group]] += np.array([*group.values()]) / len(items)
+    common = np.array([[dot(group, mean) for mean, group in zip(means, own, strict=False)] for own in units])
+    likeness, both = np.zeros((len(words.scales), len(left))), np.zeros((len(words.lack), len(left)))
+    for pair, (one, other) in enumerate(zip(left, right, strict=True)):
+        for place, (a, b) in enumerate(zip(units[one], units[other], strict=True)):
+            if a and b:
+                likeness[place, pair] = sum(a[bucket] * b[bucket] for bucket in sorted(a.keys() & b.keys()))
+                if place >= len(KINDS):
+                    both[place - len(KINDS), pair] = 1
+    columns.likeness += torch.from_numpy(likeness)
+    columns.common += torch.from_numpy((common[left] + common[right]).T)
+    columns.both += torch.from_numpy(both)
+    return torch.from_numpy(means)
+
+
+def normalised(weights: dict[int, float]) -> dict[int, float]:
+    """Of norm 1."""
+    norm = sum(weight * weight for weight in weights.values()) ** 0.5
+    return {bucket: weight / norm for bucket, weight in weights.items()}
+
+
+def dot(weights: dict[int, float], other: NDArray[np.float64]) -> float:
+    """Inner product with a vector of all buckets."""
+    return float(sum(weight * other[bucket] for bucket, weight in weights.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def regression(columns: Columns, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of likeness, commonness and both, and the bias: log-odds of labels float64 (pairs,)."""
+    stacked = torch.stack([*columns.likeness, *columns.common, *columns.both], dim=1)
+    mean, deviation = stacked.mean(dim=0), stacked.std(dim=0)
+    scale = torch.where(deviation > 1e-9, 1 / deviation.clamp(min=1e-9), 0.0)  # a column that says nothing weighs 0
+    inputs = (stacked - mean) * scale
+    signs = torch.tensor([1.0] * len(columns.likeness) + [0.0] * len(columns.common) + [-1.0] * len(columns.both))
+    root = torch.where(signs == 0, 0.0, FIRST_ROOT).double().requires_grad_()
+    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([root, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def weights() -> Tensor:
+        return torch.where(signs == 0, root, signs * root.square())
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        own = weights()
+        error = functional.binary_cross_entropy_with_logits(inputs @ own + bias, labels)
+        total = error + PENALTY * own.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    found = weights().detach() * scale
+    likeness, common, both = found.split([len(columns.likeness), len(columns.common), len(columns.both)])
+    return likeness, common, both, bias.detach() - found @ mean

@@ -1,0 +1,58 @@
+"""What every model is made of: encoders of texts and pictures, each once or twice."""
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["text", "image"]
+
+
+class ItemModel(nn.Module):
+    """Encoders and what joins them: items -> embeddings [p ; q]."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, with batch normalisation at its learned statistics.
+
+        Statistics of a few pictures are noise, and would differ with the number of ranks.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def encoders(self, kind: Kind) -> list[nn.Module]:
+        """The text or image encoders, each once."""
+        return [found for child in self.children() if isinstance(found := getattr(child, kind, None), nn.Module)]
+
+    def joining(self) -> list[nn.Parameter]:
+        """Parameters that are no encoder's."""
+        found = {id(p) for encoder in (*self.encoders("text"), *self.encoders("image")) for p in encoder.parameters()}
+        return [p for p in self.parameters() if id(p) not in found]
+
+
+class Trunk(nn.Module):
+    """A text and an image encoder."""
+
+    def __init__(self, text: nn.Module | None, image: nn.Module | None) -> None:
+        super().__init__()
+        self.text, self.image = text, image
+
+    @property
+    def width(self) -> int:
+        """Numbers that `features` has of an item."""
+        text = self.text.config.hidden_size if self.text else 0  # type: ignore[union-attr]
+        return int(text) + int(self.image.num_features if self.image else 0)  # type: ignore[arg-type]
+
+    def features(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """What the encoders say, text first: float (N, width).
+
+        images float (N, 3, S, S) normalised; ids and mask int64 (N, T).
+        """
+        parts = []
+        if self.text is not None:
+            parts.append(self.text(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])  # [CLS] (N, H)
+        if self.image is not None:
+            parts.append(self.image(images))  # (N, F)
+        return torch.cat(parts, dim=1)
