@@ -28,8 +28,8 @@ from tongkuan.base.files import sha256_of
 from tongkuan.model.encoders import character_tokenizer, text_config_of
 from tongkuan.model.modelfile import ModelCard, save_model
 from tongkuan.model.towers import build
+from tongkuan.presets import load_settings
 from tongkuan.records.items import Pair, info_row, item_file, pair_file, pair_row
-from tongkuan.settings import load_settings
 
 CODE = Path(__file__).resolve().parents[1]
 SHOWN = re.compile(r"predict: +(\d+)%.*?(\d+)/(\d+) \[")

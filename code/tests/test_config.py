@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from worlds import tiny_preset
 
 from tongkuan.base.errors import UserError
-from tongkuan.settings import Settings, load_settings, preset_names
+from tongkuan.presets import load_settings, preset_names
+from tongkuan.settings import Settings
 
 
 @pytest.mark.parametrize("name", preset_names())

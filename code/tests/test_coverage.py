@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from worlds import make_data, tiny_preset, train_words
 
 from tongkuan.cli.verbs import main
+from tongkuan.presets import apply_override, load_settings
 from tongkuan.records.attributes import TEN_KEYS, count_coverage, coverage_lines, item_text, yaml_word
 from tongkuan.records.items import Item, read_items, read_pairs
 from tongkuan.report.result import find_items
-from tongkuan.settings import apply_override, load_settings
 
 ENGLISH = "Brand#:#Acme#;#Color#:#Red#;#Screen Size#:#XL#;#No#:#1"
 

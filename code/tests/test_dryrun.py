@@ -9,7 +9,7 @@ from worlds import snapshot, tiny_preset, tiny_settings
 from tongkuan.base.errors import UserError
 from tongkuan.cli.verbs import main
 from tongkuan.learn.train import train
-from tongkuan.settings import describe, load_settings, preset_names, resolve
+from tongkuan.presets import describe, load_settings, preset_names, resolve
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:

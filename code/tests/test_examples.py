@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from test_layers import ROOMS
 from worlds import TINY
 
-from tongkuan import settings as config
+from tongkuan import presets as config
 from tongkuan.cli.verbs import main, parser_of
 from tongkuan.model import encoders as model
 

@@ -25,11 +25,11 @@ from data_scripts.archives import sources
 from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.cli.verbs import main
 from tongkuan.model.encoders import build_text, read_tensors, text_config_of
+from tongkuan.presets import load_settings
 from tongkuan.records import pictures
 from tongkuan.records.attributes import item_text
 from tongkuan.records.items import parse_item, read_items, read_pairs
 from tongkuan.records.result import read_predictions
-from tongkuan.settings import load_settings
 
 ID = '{"item_id": "a", "title": '
 DEEP = "[" * 1000 + "]" * 1000

@@ -10,7 +10,7 @@ CODE = Path(__file__).resolve().parents[1]
 TOP = CODE.parent
 PACKAGES = {CODE: "tongkuan", TOP: "data_scripts"}
 # A room may import what stands before it, and of its own what makes no circle.
-ROOMS = ["base", "records", "settings", "ranks", "model", "encode", "learn", "result", "judge", "report"]
+ROOMS = ["base", "records", "settings", "presets", "ranks", "model", "encode", "learn", "result", "judge", "report"]
 ROOMS += ["dryrun", "demo", "cli", "__main__"]
 IMPORT_NAMES = {
     "axe-playwright-python": "axe_playwright_python",

@@ -21,8 +21,9 @@ from tongkuan.base.numbers import Real, Whole
 from tongkuan.cli.verbs import VERBS, main, parser_of
 from tongkuan.model.encoders import text_config_of
 from tongkuan.model.towers import build
+from tongkuan.presets import load_settings
 from tongkuan.records.result import prediction_row, read_predictions
-from tongkuan.settings import Section, Settings, load_settings
+from tongkuan.settings import Section, Settings
 
 WILD = ("nan", "inf", "-inf", "1e999", "0", "-1", str(2**63), "", " 1", "1_000", "１２", "0x10", "-", "1,5", "½")
 SPELLED = (*WILD, ".nan", ".inf", "-.inf", "1.0e+999", "true", "[]", "1:30", "5e-1")  # as YAML reads them

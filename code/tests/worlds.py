@@ -8,7 +8,8 @@ import orjson
 from PIL import Image
 
 from tongkuan.base.files import sha256_of
-from tongkuan.settings import Settings, load_settings
+from tongkuan.presets import load_settings
+from tongkuan.settings import Settings
 
 TINY = """
 model:

@@ -120,7 +120,7 @@ VERBS = {
         "all settings of a preset, and where each value comes from",
         "settings --preset demo train.steps=500",
         (opt.PRESET, opt.OVERRIDES),
-        "tongkuan.settings:show",
+        "tongkuan.presets:show",
     ),
     "weights": Verb(
         "import a released checkpoint, or fetch a preset's encoders ahead",
@@ -151,7 +151,7 @@ VERBS = {
         "tongkuan.learn.train:train",
         instead={"dry_run": "tongkuan.dryrun:dry_run_training"},
         derived={
-            "settings": "tongkuan.settings:load_settings",
+            "settings": "tongkuan.presets:load_settings",
             "run_dir": lambda run_dir, preset: run_dir or Path("runs") / Path(preset).stem,
         },
         outputs=("run_dir", "model_path"),

@@ -28,7 +28,8 @@ from tongkuan.model.encoders import WEIGHTS_DIR, build_image, build_tokenizer, d
 from tongkuan.model.modelfile import MODEL_KEY, ModelCard, kind_of, packing, stream_model
 from tongkuan.model.towers import TwoTowers, build
 from tongkuan.model.wrappings import unwrap
-from tongkuan.settings import ModelSettings, TextEncoder, load_settings
+from tongkuan.presets import load_settings
+from tongkuan.settings import ModelSettings, TextEncoder
 
 PARTS = tuple(f".part{a}{b}" for a, b in product(ascii_lowercase, repeat=2))
 TOWERS = {"threshold": "1", "commodity": "2"}
