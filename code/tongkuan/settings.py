@@ -178,6 +178,10 @@ class TrainSettings(Section):
     """Of the two linear layers; learning_rate when empty."""
     final_learning_rate: RateOrZero = 1e-7
     """Where the cosine ends."""
+    later: ClassVar[tuple[str, ...]] = ("negatives",)
+    negatives: RateOrZero = 0.0
+    """Weight of a second loss: that listings of a part that the pairs do not join are not the same product. Their
+    number, and so what is learned, depends on ranks and accumulate."""
     draw: Literal["random", "component"] = "random"
     """random: as published. component: pairs that share items meet in a batch, so fewer items are encoded."""
     whiten: bool = False

@@ -69,12 +69,14 @@ class Part:
     right: list[int]
     rows: list[int]
     """First place of each item among the 2 x pairs sides of the global batch: what augmentation goes by."""
+    products: list[int]
+    """Number of each item's product, as far as the pairs tell."""
 
 
 def parts(pairs: Sequence[Pair], settings: TrainSettings, ranks: Ranks, first_step: int) -> Iterator[Part]:
     """Every forward of this rank from `first_step` on, `accumulate` of them a step."""
     size = settings.pairs // (ranks.world_size * settings.accumulate)
-    sampler = BatchSampler(pairs, settings)
+    sampler, product_of = BatchSampler(pairs, settings), products_of(pairs)
     for step in range(first_step, settings.steps):
         chosen = sampler.batch(step)
         first_place: dict[str, int] = {}
@@ -86,4 +88,16 @@ def parts(pairs: Sequence[Pair], settings: TrainSettings, ranks: Ranks, first_st
             item_ids = distinct_items(own)
             place_of = {item_id: place for place, item_id in enumerate(item_ids)}
             left, right = [place_of[pair.left] for pair in own], [place_of[pair.right] for pair in own]
-            yield Part(step, own, item_ids, left, right, [first_place[item_id] for item_id in item_ids])
+            rows, products = ([of[item_id] for item_id in item_ids] for of in (first_place, product_of))
+            yield Part(step, own, item_ids, left, right, rows, products)
+
+
+def products_of(pairs: Sequence[Pair]) -> dict[str, int]:
+    """A number for each item; two that pairs call the same, if by others between, have the same number."""
+    same = [pair for pair in pairs if pair.label == 1]
+    found: dict[str, int] = {}
+    for number, group in enumerate(components(same)):
+        found.update(dict.fromkeys(distinct_items(same[place] for place in group), number))
+    for item_id in distinct_items(pairs):
+        found.setdefault(item_id, len(found))
+    return found

@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from tongkuan.encode.encode import distinct_items, encode, one_thread_each
 from tongkuan.encode.store import ItemStore
+from tongkuan.learn.batches import products_of
 from tongkuan.model.one import OneTower, Projection, Words
 from tongkuan.ranks.group import Ranks
-from tongkuan.records.items import Pair, components
+from tongkuan.records.items import Pair
 from tongkuan.records.labels import labels_of
 from tongkuan.records.words import KINDS, Word
 from tongkuan.settings import DataSettings
@@ -108,15 +109,10 @@ def projections_of(tower: OneTower) -> list[tuple[str, Projection]]:
 
 def folds_of(pairs: Sequence[Pair], row_of: dict[str, int]) -> Tensor:
     """A fold for each item, int64 (items,); a product, as far as the pairs tell, is in one fold whole."""
-    same = [pair for pair in pairs if pair.label == 1]
-    products = [
-        sorted({row_of[item] for index in group for item in (same[index].left, same[index].right)})
-        for group in components(same)
-    ]
-    fold_of = torch.arange(len(row_of)) % FOLDS
-    for place, product in zip(np.random.default_rng(0).permutation(len(products)).tolist(), products, strict=True):
-        fold_of[product] = place % FOLDS
-    return fold_of
+    product_of = products_of(pairs)
+    products = torch.tensor([product_of[item_id] for item_id in row_of])
+    order = torch.from_numpy(np.random.default_rng(0).permutation(int(products.max()) + 1))
+    return order[products] % FOLDS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

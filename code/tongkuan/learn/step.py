@@ -114,7 +114,22 @@ class TrainStep:
         with autocast(self.device, options.precision):
             embeddings = self.wrapped(images, batch.ids, mask, *batch.words)  # (items, 2D)
         embeddings = embeddings.float()
-        return nn.functional.cross_entropy(pair_logits(embeddings[left], embeddings[right]), classes)
+        loss = nn.functional.cross_entropy(pair_logits(embeddings[left], embeddings[right]), classes)
+        if options.negatives:
+            products = torch.as_tensor(part.products).to(self.device, non_blocking=True)
+            loss = loss + options.negatives * negatives_loss(embeddings, products)
+        return loss
+
+
+def negatives_loss(embeddings: Tensor, products: Tensor) -> Tensor:
+    """Mean of -log(1 - probability of the same product) over all two items of different products.
+
+    embeddings float (N, 2D) and products int64 (N,) -> float (); 0 where all are of one product.
+    """
+    p, q = embeddings.chunk(2, dim=1)
+    others = products.unsqueeze(1) != products
+    losses = nn.functional.softplus(q @ q.T - p @ p.T) * others
+    return losses.sum() / others.sum().clamp(min=1)
 
 
 def gradient_exchange(model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
