@@ -14,6 +14,7 @@ from tongkuan.model.colour import object_colours, to_lab, whole_colours
 
 WHITE, GREY, RED, ORANGE, BLUE = (255, 255, 255), (225, 225, 225), (200, 20, 30), (230, 120, 20), (20, 40, 200)
 Colour = tuple[int, int, int]
+Place = tuple[int, int, int, int]
 Count = Callable[[Tensor], Tensor]
 COUNTS = pytest.mark.parametrize("count", [object_colours, whole_colours])
 
@@ -21,7 +22,7 @@ COUNTS = pytest.mark.parametrize("count", [object_colours, whole_colours])
 def picture(
     ground: Colour, colour: Colour | None = None, place: tuple[int, int, int, int] = (20, 20, 44, 44)
 ) -> Tensor:
-    """float (3, 64, 64) in 0..1: a ground, and on it a rectangle (top, left, bottom, right)."""
+    """float (3, 64, 64) in 0..1: a ground, and on it a rectangle: top, left, bottom, right."""
     pixels = np.full((64, 64, 3), ground, dtype=np.float32)
     if colour is not None:
         top, left, bottom, right = place
@@ -63,7 +64,7 @@ def test_objects_of_other_colours_differ() -> None:
 
 @pytest.mark.parametrize("place", [(20, 20, 44, 44), (30, 8, 54, 32), (8, 8, 56, 56), (9, 9, 50, 51), (30, 8, 64, 56)])
 @pytest.mark.parametrize("ground", [WHITE, GREY])
-def test_an_object_is_alike_wherever_it_is_and_however_large(ground: Colour, place: tuple[int, int, int, int]) -> None:
+def test_an_object_is_alike_wherever_it_is_and_however_large(ground: Colour, place: Place) -> None:
     """Also where the lower edge cuts it, and on another ground."""
     assert likeness(picture(WHITE, RED), picture(ground, RED, place)) > 0.9
 
