@@ -34,6 +34,13 @@ data:
   workers: 2
   encode_batch: 5
 """
+# Overrides: one tower with a few numbers of each part, fitted without a step.
+ONE = (
+    "model.towers=one",
+    "model.embedding_size=64",
+    "model.parts={text: 4, image: 4, object_colour: 4, whole_colour: 4, keys: 4}",
+    "train.steps=0",
+)
 COLOURS = ((200, 30, 30), (30, 160, 60), (40, 60, 200), (220, 200, 40))
 
 

@@ -145,13 +145,17 @@ def components_of(features: Tensor, size: int, whiten: bool) -> tuple[Tensor, Te
     mean, weight = torch.zeros(width, dtype=torch.float64), torch.zeros(size, width, dtype=torch.float64)
     if len(features) < 2:
         return mean, weight
-    mean = features.mean(dim=0)
-    deviation = features.std(dim=0).clamp(min=1e-6) if whiten else torch.ones(width, dtype=torch.float64)
-    variances, directions = torch.linalg.eigh(torch.cov(((features - mean) / deviation).T))  # ascending
+    mean, deviation = features.mean(dim=0), features.std(dim=0)
+    varied = deviation > 0  # on many columns that never vary, LAPACK may not converge
+    if not varied.any():
+        return mean, weight
+    deviation = deviation[varied].clamp(min=1e-6) if whiten else torch.ones_like(deviation[varied])
+    scaled = (features - mean)[:, varied] / deviation
+    variances, directions = torch.linalg.eigh(scaled.T @ scaled / (len(features) - 1))  # ascending
     if whiten:
         directions = directions / variances.clamp(min=float(variances.mean())).sqrt()
-    kept = min(size, width, len(features) - 1)
-    weight[:kept] = (directions[:, -kept:] / deviation.unsqueeze(1)).T.flip(0)
+    kept = min(size, len(variances), len(features) - 1)
+    weight[:kept, varied] = (directions[:, -kept:] / deviation.unsqueeze(1)).T.flip(0)
     return mean, weight
 
 

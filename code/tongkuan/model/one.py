@@ -137,7 +137,8 @@ class OneTower(ItemModel):
                 by_channel(settings.mean, images.device)
             )
             rgb = rgb.clamp(0, 1)
-            found |= {name: count(rgb) * has_image for name, count in colours.items() if name in self.projections}
+            with torch.autocast(images.device.type, enabled=False):  # half precision has too few digits for CIELAB
+                found |= {name: count(rgb) * has_image for name, count in colours.items() if name in self.projections}
         return found
 
     def image_features(self, images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from tongkuan.encode.encode import Embeddings, slow_precision
 from tongkuan.encode.inference import open_inference
 from tongkuan.encode.store import ItemStore
 from tongkuan.model.towers import pair_scores
+from tongkuan.records.attribute_syntax import canonical
 from tongkuan.records.attributes import attributes_of, item_text, normalise
 from tongkuan.records.items import Item, Pair, read_pairs
 from tongkuan.records.rows import is_given
@@ -32,17 +33,18 @@ WHOLE, PICTURE, TEXT, TITLE = "as it is", "picture", "title and attributes", "ti
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A listing as the model is shown it: a text, and a picture uint8 (3, S, S) or None."""
+    """A listing as the model is shown it: a text, a picture uint8 (3, S, S) or None, and what words are taken of."""
 
     text: str
     image: NDArray[np.uint8] | None
+    item: Item
 
 
 class VariantStore(ItemStore):
     """Variants by a name of ours, instead of items by id."""
 
     def __init__(self, variants: Mapping[str, Variant], settings: ModelSettings, tokenizer: Tokenizer | None) -> None:
-        super().__init__({}, Path(), settings, tokenizer)
+        super().__init__({name: variant.item for name, variant in variants.items()}, Path(), settings, tokenizer)
         self.variants = variants
 
     def text(self, item_id: str) -> str:
@@ -148,23 +150,27 @@ def variants_of(store: ItemStore, item: Item, grid: int) -> dict[str, Variant]:
     settings = store.settings
     keys, style = settings.attribute_keys, settings.attributes
     text, image = item_text(item, keys, style), store.image(item.item_id)
-    found = {WHOLE: Variant(text, image)}
+    found = {WHOLE: Variant(text, image, item)}
     if image is not None:
-        found[PICTURE] = Variant(text, None)
+        found[PICTURE] = Variant(text, None, item)
     if settings.inputs != "image" and text:
-        found[TEXT] = Variant("", image)
+        found[TEXT] = Variant("", image, replace(item, title="", item_attributes="", sku_attributes=""))
         if item.title:
-            found[TITLE] = Variant(item_text(replace(item, title=""), keys, style), image)
+            untitled = replace(item, title="")
+            found[TITLE] = Variant(item_text(untitled, keys, style), image, untitled)
         present = attributes_of(item, style)
         for key in keys:
             if normalise(key) in present:
-                found[key] = Variant(item_text(item, [other for other in keys if other != key], style), image)
+                said = [(name, value) for name, values in present.items() for value in values]
+                left = canonical([pair for pair in said if pair[0] != normalise(key)])
+                bare = replace(item, item_attributes=left, sku_attributes="")
+                found[key] = Variant(item_text(item, [other for other in keys if other != key], style), image, bare)
     if image is not None:
         grey = np.array(settings.image.mean).reshape(3, 1, 1) * 255  # what a missing picture is, too
         for row, column, place in cells(image.shape[1], grid):
             covered = image.copy()
             covered[place] = np.broadcast_to(grey, covered[place].shape).round()
-            found[patch_name(row, column)] = Variant(text, covered)
+            found[patch_name(row, column)] = Variant(text, covered, item)
     return found
 
 
