@@ -53,6 +53,9 @@ def no_training(*_: object) -> None:
 def test_what_is_there_is_not_run_again_until_its_pairs_change(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    killed = tmp_path / "out/shop/valid/plain-0.run/run/last.pt"
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(b"of a run that was killed")
     assert run() == 0
     table = capsys.readouterr().out
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith(("| plain", "| frozen"))]
