@@ -141,24 +141,28 @@ def test_a_changed_attribute_that_no_token_shows_is_a_miss(own: Path, fitted: Pa
     assert after == result(own, fitted, tmp_path / "plain") != before
 
 
-def test_the_other_verbs_run_on_it(
-    goods: Path, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    submit, answers = tmp_path / "submit", tmp_path / "answers.jsonl"
-    first = result(goods, fitted, submit)
-    rows = read_jsonl(goods / "item_test_pair.jsonl")
-    write_jsonl(answers, [row | {"item_label": str(int(place % 4 < 2))} for place, row in enumerate(rows)])
+def test_the_other_verbs_run_on_it(goods: Path, fitted: Path, tmp_path: Path) -> None:
     inputs = ("--data", goods, "--model", fitted)
-    run("evaluate", *inputs)
+    first = result(goods, fitted, tmp_path / "submit")
     run("evaluate", *inputs, "--precision", "bf16")
-    run("report", "--submit", submit, "--pairs", answers, "--data", goods, "--run", fitted.parent / "run")
     run("explain", *inputs, "--grid", 2, "--out", tmp_path / "explain.html")
-    run("verify", "--submit", submit, *inputs)
+    run("verify", "--submit", tmp_path / "submit", *inputs)
     run("predict", *inputs, "--dry-run")
     run(*train_words(tmp_path, goods, *ONE, "--dry-run"))
-    assert (submit / "result.jsonl").read_bytes() == first
+    assert (tmp_path / "submit" / "result.jsonl").read_bytes() == first
+
+
+@pytest.mark.slow
+def test_a_run_without_a_step_has_its_report_and_its_score(
+    goods: Path, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result(goods, fitted, tmp_path / "submit")
+    rows = read_jsonl(goods / "item_test_pair.jsonl")
+    write_jsonl(answers := tmp_path / "a.jsonl", [row | {"item_label": "1100"[at % 4]} for at, row in enumerate(rows)])
+    judged = ("--submit", tmp_path / "submit", "--pairs", answers)
+    run("report", *judged, "--data", goods, "--run", fitted.parent / "run")
     capsys.readouterr()
-    run("score", "--submit", submit, "--pairs", answers)
+    run("score", *judged)
     assert float(capsys.readouterr().out.partition("F1")[2].split()[0]) > 0.95
 
 
