@@ -64,7 +64,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_base_and_records_need_no_torch() -> None:
     for name, path in modules().items():
-        if name.split(".")[0] == "data_scripts" or name.split(".")[1] in ("base", "records", "settings", "presets", "cli"):
+        if name.split(".")[0] == "data_scripts" or name.split(".")[1] in (
+            "base",
+            "records",
+            "settings",
+            "presets",
+            "cli",
+        ):
             tops = {other.split(".")[0] for other in imported(path, everywhere=False)}
             assert not tops & {"torch", "transformers", "timm"}, name
 

@@ -21,6 +21,7 @@ from tongkuan.learn.dataloader import Loaded, load_parts
 from tongkuan.learn.run import Run
 from tongkuan.learn.step import TrainStep
 from tongkuan.learn.train import open_training
+from tongkuan.model.one import OneTower
 from tongkuan.model.trunk import ItemModel
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair, components
@@ -38,7 +39,9 @@ def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     options = settings.train
     with open_training(settings, data_dir) as (task, model, ranks):
         step = TrainStep(model, settings, ranks)
-        done = Run(run_dir, settings, ranks).resume(model, step.optimizer, step.scaler)
+        run = Run(run_dir, settings, ranks)
+        to_fit = distinct_items(task.train_pairs) if run.is_new and isinstance(model, OneTower) else []
+        done = run.resume(model, step.optimizer, step.scaler)
         step_seconds = probe_steps(step, load_parts(task, settings, ranks, done), done, ranks)
         item_ids = distinct_items(task.valid_pairs)
         _, item_seconds = probe_items(model, task.valid_store, item_ids, settings.data, ranks, options.precision)
@@ -49,7 +52,8 @@ def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     validations = sum(
         step % options.validate_every == 0 or step == options.steps for step in range(done + 1, options.steps + 1)
     )
-    validation = item_seconds * len(item_ids)
+    validations += bool(to_fit) and not options.steps  # of the fit alone
+    validation, fit = item_seconds * len(item_ids), item_seconds * len(to_fit)
     start = f"{run_dir} goes on after step {done:,}: " if done else ""
     met = f"each pair is met {epochs:.3g} times"
     lines = [
@@ -58,7 +62,8 @@ def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
         *task.train_store.coverage(),
         f"{describe_peak(ranks.device)} in {PROBE_STEPS} steps and a validation's batches",
         f"steps: {start}{left:,} of {options.pairs} pairs; ranks {ranks.world_size}; {met}",
-        f"time: {duration(left * step_seconds + validations * validation)}: {step_seconds:.3g} s a step, "
+        f"time: {duration(fit + left * step_seconds + validations * validation)}: "
+        f"{f'{fit:.3g} s for the features of {len(to_fit):,} items, ' if to_fit else ''}{step_seconds:.3g} s a step, "
         f"{validations} validations of {validation:.3g} s; from a probe of {PROBE_STEPS} steps",
         *task.notes,
     ]
