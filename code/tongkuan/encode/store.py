@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tongkuan.base.errors import UserError
+from tongkuan.model.trunk import constant
 from tongkuan.records.attributes import coverage_lines, item_text
 from tongkuan.records.items import Item
 from tongkuan.records.pictures import SIDE, UnreadableError, prepared_side, read_image
@@ -88,17 +89,12 @@ def made_by_resize(ledger: Path) -> list[str] | None:
 
 def normalised(batch: Batch, settings: ImageEncoder) -> Tensor:
     """float32 (N, 3, S, S): RGB / 255 less mean, over deviation; a missing picture is all 0, the mean's grey."""
-    mean, deviation = (by_channel(numbers, batch.images.device) for numbers in (settings.mean, settings.deviation))
+    mean, deviation = (
+        constant(numbers, batch.images.device).view(1, -1, 1, 1) for numbers in (settings.mean, settings.deviation)
+    )
     images = (batch.images.float() / 255 - mean) / deviation
     # Channels last is the layout in which convolutions are fastest, on CPU and GPU.
     return (images * batch.has_image.view(-1, 1, 1, 1)).contiguous(memory_format=torch.channels_last)
-
-
-@functools.cache  # copying numbers to a GPU has the host wait for it
-def by_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 (1, C, 1, 1)."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device).view(1, -1, 1, 1)
 
 
 class ItemStore:

@@ -9,7 +9,7 @@ items that they were found on further apart than others, and a part would weigh 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from tongkuan.encode.encode import distinct_items, encode, one_thread_each
 from tongkuan.encode.store import ItemStore
@@ -65,7 +66,14 @@ def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], settings: Data
         if tower.words is not None:
             words = [store.words(item_id) for item_id in item_ids]
             learn_words(tower.words, words)
-            means = add_words(columns, tower.words, words, left.tolist(), right.tolist())
+            sides = tqdm(
+                zip(left.tolist(), right.tolist(), strict=True),
+                desc="words",
+                unit="pair",
+                total=len(pairs),
+                disable=None if ranks.is_first else True,
+            )
+            means = add_words(columns, tower.words, words, sides)
         with torch.enable_grad():
             likeness, common, both, bias = regression(columns, labels)
         for (_, projection), weight in zip(projections_of(tower), likeness, strict=False):
@@ -183,13 +191,13 @@ def learn_words(words: Words, items: Sequence[Sequence[Word]]) -> None:
 
 
 def add_words(
-    columns: Columns, words: Words, items: Sequence[Sequence[Word]], left: Sequence[int], right: Sequence[int]
+    columns: Columns, words: Words, items: Sequence[Sequence[Word]], sides: Iterable[tuple[int, int]]
 ) -> Tensor:
     """Append the exact columns of words, by kind, then by slot: the sketch only adds noise to them.
 
     Returns the mean item by kind, float64 (kinds, BUCKETS).
     """
-    group_of, idf = words.group_of.numpy(), words.idf.double().numpy()
+    group_of, idf = words.group_of.cpu().numpy(), words.idf.double().cpu().numpy()
     units: list[list[dict[int, float]]] = []  # of each item, by group
     for own in items:
         groups: list[dict[int, float]] = [{} for _ in words.scales]
@@ -202,17 +210,23 @@ def add_words(
         for mean, group in zip(means, own_units, strict=False):
             mean[[*group]] += np.array([*group.values()]) / len(items)
     common = np.array([[dot(group, mean) for mean, group in zip(means, own, strict=False)] for own in units])
-    likeness, both = np.zeros((len(words.scales), len(left))), np.zeros((len(words.lack), len(left)))
-    for pair, (one, other) in enumerate(zip(left, right, strict=True)):
-        for place, (a, b) in enumerate(zip(units[one], units[other], strict=True)):
-            if a and b:
-                likeness[place, pair] = sum(a[bucket] * b[bucket] for bucket in sorted(a.keys() & b.keys()))
-                if place >= len(KINDS):
-                    both[place - len(KINDS), pair] = 1
-    columns.likeness += torch.from_numpy(likeness)
-    columns.common += torch.from_numpy((common[left] + common[right]).T)
-    columns.both += torch.from_numpy(both)
+    rows = [
+        [
+            *(overlap(a, b) for a, b in zip(units[one], units[other], strict=True)),
+            *(common[one] + common[other]),
+            *(float(bool(a and b)) for a, b in zip(units[one][len(KINDS) :], units[other][len(KINDS) :], strict=True)),
+        ]
+        for one, other in sides
+    ]
+    found = torch.tensor(rows, dtype=torch.float64).T.split([len(words.scales), len(KINDS), len(words.lack)])
+    for list_of, part in zip((columns.likeness, columns.common, columns.both), found, strict=True):
+        list_of += part
     return torch.from_numpy(means)
+
+
+def overlap(a: dict[int, float], b: dict[int, float]) -> float:
+    """Inner product, summed in the order of buckets."""
+    return sum((a[bucket] * b[bucket] for bucket in sorted(a.keys() & b.keys())), 0.0)
 
 
 def normalised(weights: dict[int, float]) -> dict[int, float]:

@@ -5,11 +5,11 @@ on plain ground. Of everything, and of the middle: hue, saturation and value, fo
 Square roots of shares, so that an inner product is the Bhattacharyya coefficient (Bhattacharyya 1943).
 """
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tongkuan.model.trunk import constant
 
 SIDE = 32  # pixels that are counted a side
 LAB_BINS = (6, 8, 8)
@@ -88,10 +88,3 @@ def hsv_counts(hsv: Tensor) -> Tensor:
     place = (hue * HSV_BINS[1] + saturation) * HSV_BINS[2] + value
     counts = hsv.new_zeros(len(hsv), HSV_BINS[0] * HSV_BINS[1] * HSV_BINS[2])
     return counts.scatter_add_(1, place, hsv.new_ones(place.shape)).div(place.shape[1]).sqrt()
-
-
-@functools.cache  # copying numbers to a GPU has the host wait for it
-def constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 (len(numbers),)."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)

@@ -5,14 +5,12 @@ the parts' cosines. By keys: q says which value a key has, p that the key is the
 take away, and a key that one side lacks says nothing. Listings that are like many others are asked for more likeness.
 """
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, pad
 
 from tongkuan.model.colour import OBJECT_WIDTH, WHOLE_WIDTH, object_colours, whole_colours
-from tongkuan.model.trunk import ItemModel, Trunk
+from tongkuan.model.trunk import ItemModel, Trunk, constant
 from tongkuan.records.words import BUCKETS, KINDS
 from tongkuan.settings import ModelSettings
 
@@ -79,13 +77,6 @@ class Words(nn.Module):
         return sketch, has_key * self.lack, (unit * self.generic[buckets]).sum(dim=1, keepdim=True)
 
 
-@functools.cache  # copying numbers to a GPU has the host wait for it
-def by_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 (1, C, 1, 1)."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device).view(1, -1, 1, 1)
-
-
 def mix(buckets: Tensor) -> Tensor:
     """int64 -> int64 in 0..2^31 - 1, as good as random and the same on every machine."""
     mixed = buckets * 0x9E3779B1 & MASK
@@ -133,10 +124,10 @@ class OneTower(ItemModel):
         colours = {"object_colour": object_colours, "whole_colour": whole_colours}
         if any(name in self.projections for name in colours):
             settings = self.settings.image
-            rgb = (images.float() * by_channel(settings.deviation, images.device)).add(
-                by_channel(settings.mean, images.device)
+            mean, deviation = (
+                constant(numbers, images.device).view(1, 3, 1, 1) for numbers in (settings.mean, settings.deviation)
             )
-            rgb = rgb.clamp(0, 1)
+            rgb = (images.float() * deviation + mean).clamp(0, 1)
             with torch.autocast(images.device.type, enabled=False):  # half precision has too few digits for CIELAB
                 found |= {name: count(rgb) * has_image for name, count in colours.items() if name in self.projections}
         return found
@@ -144,12 +135,15 @@ class OneTower(ItemModel):
     def image_features(self, images: Tensor) -> Tensor:
         """What the image encoder says, its mean over the views: whole, mirrored, middle. float (N, F)."""
         assert self.trunk.image is not None
-        side = images.shape[-1]
-        edge = int(side * CROPPED / 2)
-        middle = images[..., edge : side - edge, edge : side - edge]
-        views = [images, images.flip(3), interpolate(middle, size=(side, side), mode="bilinear")]
-        used = views[: self.settings.parts.views]
-        return sum((self.trunk.image(view).float() for view in used), torch.zeros((), device=images.device)) / len(used)
+        views = [images]
+        if self.settings.parts.views > 1:
+            views.append(images.flip(3))
+        if self.settings.parts.views > 2:
+            side = images.shape[-1]
+            edge = int(side * CROPPED / 2)
+            middle = images[..., edge : side - edge, edge : side - edge]
+            views.append(interpolate(middle, size=(side, side), mode="bilinear"))
+        return torch.stack([self.trunk.image(view).float() for view in views]).mean(dim=0)
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor, *words: Tensor) -> Tensor:
         """Embeddings [p ; q]; inputs as in `raw`, and words as encode.store.padded_words has them."""

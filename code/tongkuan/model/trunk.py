@@ -1,5 +1,6 @@
 """What every model is made of: encoders of texts and pictures, each once or twice."""
 
+import functools
 from typing import Literal, Self
 
 import torch
@@ -56,3 +57,10 @@ class Trunk(nn.Module):
         if self.image is not None:
             parts.append(self.image(images))  # (N, F)
         return torch.cat(parts, dim=1)
+
+
+@functools.cache  # copying numbers to a GPU has the host wait for it
+def constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 (len(numbers),)."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
