@@ -15,7 +15,7 @@ from docs.reference import COMMAND, NAMES, REFERENCE, options_of, reference, set
 from release_worlds import make_release
 from safetensors.torch import save_file
 from test_layers import ROOMS
-from worlds import TINY
+from worlds import ONE, tiny_preset
 
 from tongkuan import presets as config
 from tongkuan.cli.verbs import main, parser_of
@@ -111,7 +111,7 @@ def links(demo: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def small_presets(folder: Path, weights: Path) -> None:
-    """The published preset for a small release whose encoders lie in `weights`, and a tiny one as `small`."""
+    """The published preset for a small release whose encoders lie in `weights`, and a tiny one tower as `best`."""
     release = make_release(folder / "release")
     shutil.copy(release.path, weights / "63_grad_clip_norm_0.5_net_64000.pth")
     text, image = weights / "chinese-roberta-wwm-ext", weights / "swin_large_patch4_window12_384.ms_in22k"
@@ -127,7 +127,8 @@ def small_presets(folder: Path, weights: Path) -> None:
         image / "it.safetensors",
     )
     (folder / "ccks2022-63.yaml").write_text(config.describe(resolved), encoding="utf-8")
-    (folder / "small.yaml").write_text(TINY, encoding="utf-8")
+    one = config.resolve(str(tiny_preset(folder)), ONE)
+    (folder / "best.yaml").write_text(config.describe(one), encoding="utf-8")
 
 
 @pytest.mark.slow
