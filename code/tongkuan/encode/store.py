@@ -43,7 +43,7 @@ class Batch:
     ids: Tensor
     mask: Tensor
     words: tuple[Tensor, ...] = field(default=(), kw_only=True)
-    """What model.one.Words holds, for a model that reads it."""
+    """What `padded_words` makes, for a model that reads it."""
 
     def pin(self) -> "Batch":
         """The same batch in memory that a GPU reads by itself, while the CPU does other things."""

@@ -224,8 +224,8 @@ class Trainer:
             model.eval()
             chosen = sorted(distinct_items(self.task.train_pairs))[:WHITEN_ITEMS]
             batches = length_batches(store, chosen, batch_size(data, self.settings.model, self.ranks.device))
-            # Two like towers would cancel out. So scores start as likeness (q.q), and thresholds (p.p) near 0.
             features = self.features(list(dict.fromkeys(trunk for trunk, _ in model.heads())), batches)
+            # Two like towers would cancel out. So scores start as likeness (q.q), and thresholds (p.p) near 0.
             for (trunk, head), norm in zip(model.heads(), WHITEN_NORMS, strict=True):
                 whiten_head(head, features[trunk], norm)
 
