@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from commands import ok, run_verb
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from test_explain import A, change, effect_of, explanation_of, predicted
 from test_main import error_of
@@ -21,12 +20,11 @@ from tongkuan.cli.verbs import main
 from tongkuan.encode.encode import scores_of
 from tongkuan.encode.inference import open_inference, read_labelled_pairs
 from tongkuan.learn import fit
-from tongkuan.learn.fit import LEAST_ITEMS, PENALTY, Columns, components_of, cross_fitted, folds_of, regression
+from tongkuan.learn.fit import LEAST_ITEMS, PENALTY, Columns, regression
 from tongkuan.learn.step import TrainStep
 from tongkuan.learn.train import train
 from tongkuan.model.modelfile import load_model
 from tongkuan.model.one import OneTower
-from tongkuan.records.items import Pair
 from tongkuan.records.words import KINDS, bucket
 
 
@@ -336,64 +334,3 @@ def test_likeness_never_counts_against_and_a_key_on_both_sides_never_for() -> No
     assert likeness.numpy() == pytest.approx(0, abs=1e-3) and both.numpy() == pytest.approx(0, abs=1e-3)
     assert (likeness >= 0).all() and (both <= 0).all() and float(common) < -0.2
     assert float(likeness[1]) == 0, "what never varies weighs nothing"
-
-
-@pytest.mark.parametrize("whiten", [False, True])
-@pytest.mark.parametrize(("items", "width"), [(40, 6), (5, 12)])
-def test_components_are_the_principal_ones(items: int, width: int, whiten: bool) -> None:
-    generator = np.random.default_rng(0)
-    features = generator.normal(size=(items, width)) * np.linspace(0.2, 3, width) + 5
-    features[:, 2] = 1.0  # never varies
-    mean, weight = components_of(torch.from_numpy(features), 4, whiten)
-    kept = min(4, items - 1)
-    scaled = features - features.mean(axis=0)
-    if whiten:
-        scaled /= np.maximum(features.std(axis=0, ddof=1), 1e-6)
-    pca = PCA(kept).fit(scaled)
-    expected = pca.transform(scaled)
-    if whiten:
-        floor = np.delete(scaled, 2, axis=1).var(axis=0, ddof=1).mean()
-        expected /= np.sqrt(np.maximum(pca.explained_variance_, floor))
-    found = ((torch.from_numpy(features) - mean) @ weight.T)[:, :kept].numpy()
-    assert np.abs(found) == pytest.approx(np.abs(expected), abs=1e-8)
-    assert not weight[kept:].any() and not weight[:, 2].any()
-
-
-def test_components_of_too_few_items_are_zeros() -> None:
-    for features in (torch.zeros(0, 3), torch.ones(1, 3), torch.ones(7, 3)):
-        _, weight = components_of(features.double(), 2, whiten=True)
-        assert not weight.any()
-
-
-def test_hundreds_of_columns_that_never_vary_are_no_hindrance() -> None:
-    """Of such colour counts LAPACK's solver, asked for all columns, fails a few of a hundred."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        features = torch.zeros(18, 384, dtype=torch.float64)
-        features[:, ::17] = torch.rand(18, 23, generator=generator, dtype=torch.float64)
-        assert components_of(features, 4, whiten=False)[1].isfinite().all()
-
-
-def test_a_product_is_in_one_fold_and_its_likeness_is_of_other_products_components() -> None:
-    names = [f"{product}-{listing}" for product in range(8) for listing in range(3)]
-    row_of = {name: row for row, name in enumerate(names)}
-    same = [Pair(f"{p}-{a}", f"{p}-{a + 1}", 1) for p in range(8) for a in range(2)]
-    pairs = [*same, *(Pair(f"{p}-0", f"{(p + 1) % 8}-1", 0) for p in range(8))]
-    folds = folds_of(pairs, row_of)
-    assert (folds.view(8, 3) == folds.view(8, 3)[:, :1]).all() and len(folds.unique()) == 4
-    assert torch.equal(folds, folds_of(pairs, row_of))
-    left, right = (torch.tensor([row_of[getattr(pair, side)] for pair in pairs]) for side in ("left", "right"))
-    raw = torch.randn(24, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    before = cross_fitted(raw, 3, True, folds, left, right)
-    assert (before.abs() <= 1 + 1e-9).all() and torch.equal(before, cross_fitted(raw, 3, True, folds, right, left))
-    product = next(p for p in range(1, 8) if folds[3 * p] == folds[0])
-    other = raw.clone()
-    other[3 * product : 3 * product + 3] *= -2
-    after = cross_fitted(other, 3, True, folds, left, right)
-    assert torch.equal(after[:2], before[:2]), "pairs of product 0 do not see what shares their fold"
-    assert not torch.allclose(after[2:], before[2:])
-    other[0] = 0  # lacks it
-    lacking = cross_fitted(other, 3, True, folds, left, right)
-    assert all(
-        value == 0 for value, pair in zip(lacking.tolist(), pairs, strict=True) if "0-0" in (pair.left, pair.right)
-    )

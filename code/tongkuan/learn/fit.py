@@ -1,11 +1,8 @@
 """One tower without steps: what its parts weigh, found from the training pairs with frozen encoders.
 
-Features are computed once an item. Each part's projection is the principal components of the training items, and what
-the parts weigh is a logistic regression on the pairs' likeness by part: so a pair's score is the log-odds that it is
-the same product, and the threshold is 0 by construction.
-
-The likeness that the regression sees is cross-fitted: by components of other products alone. Components spread the
-items that they were found on further apart than others, and a part would weigh less than it is worth on new ones.
+Features are computed once an item. Each part's projection is Fisher's discriminants of the training items, and what the
+parts weigh is a logistic regression on the pairs' cross-fitted likeness by part: so a pair's score is the log-odds that
+it is the same product, and the threshold is 0 by construction.
 """
 
 from collections import Counter
@@ -22,6 +19,7 @@ from tqdm import tqdm
 from tongkuan.encode.encode import distinct_items, encode, one_thread_each
 from tongkuan.encode.store import ItemStore
 from tongkuan.learn.batches import products_of
+from tongkuan.learn.discriminant import cross_fitted, folds_of, set_directions
 from tongkuan.model.one import OneTower, Projection, Words
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
@@ -29,7 +27,6 @@ from tongkuan.records.labels import labels_of
 from tongkuan.records.words import KINDS, Word
 from tongkuan.settings import DataSettings
 
-FOLDS = 4
 WHITENED = ("text", "image")
 """Parts whose components count alike; of the others' those that vary more count more."""
 PENALTY = 1e-3  # of squared weights of columns of deviation 1, against the mean loss of a pair
@@ -59,10 +56,12 @@ def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], settings: Data
     raw = features_of(tower, store, item_ids, settings, ranks)
     columns = Columns()
     with one_thread_each(), torch.no_grad():  # how a sum is cut among threads changes its last bits
-        folds = folds_of(pairs, row_of)
+        product_of = products_of(pairs)
+        products = torch.tensor([product_of[item_id] for item_id in item_ids])
         for name, projection in projections_of(tower):
-            columns.likeness.append(cross_fitted(raw[name], projection.size, name in WHITENED, folds, left, right))
-            set_components(projection, raw[name], name in WHITENED)
+            part = (raw[name], products, projection.size, name in WHITENED)
+            columns.likeness.append(cross_fitted(*part, folds_of(products), left, right))
+            set_directions(projection, *part)
         if tower.words is not None:
             words = [store.words(item_id) for item_id in item_ids]
             learn_words(tower.words, words)
@@ -113,65 +112,6 @@ def features_of(
 def projections_of(tower: OneTower) -> list[tuple[str, Projection]]:
     """The tower's projected parts in their order."""
     return [(name, part) for name, part in tower.projections.items() if isinstance(part, Projection)]
-
-
-def folds_of(pairs: Sequence[Pair], row_of: dict[str, int]) -> Tensor:
-    """A fold for each item, int64 (items,); a product, as far as the pairs tell, is in one fold whole."""
-    product_of = products_of(pairs)
-    products = torch.tensor([product_of[item_id] for item_id in row_of])
-    order = torch.from_numpy(np.random.default_rng(0).permutation(int(products.max()) + 1))
-    return order[products] % FOLDS
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Projected parts
-
-
-def cross_fitted(raw: Tensor, size: int, whiten: bool, folds: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Likeness of each pair by a part, float64 (pairs,), from components of neither side's product.
-
-    A pair whose sides are in two folds has the mean of two, each of which has not seen one side.
-    """
-    sums, times = torch.zeros(2, len(left), dtype=torch.float64)
-    there = raw.any(dim=1)
-    for fold in range(FOLDS):
-        mean, weight = components_of(raw[there & (folds != fold)], size, whiten)
-        unit = functional.normalize((raw - mean) @ weight.T, dim=1) * there.unsqueeze(1)
-        asked = (folds[left] == fold) | (folds[right] == fold)
-        sums[asked] += (unit[left[asked]] * unit[right[asked]]).sum(dim=1)
-        times[asked] += 1
-    means: Tensor = sums / times
-    return means
-
-
-def components_of(features: Tensor, size: int, whiten: bool) -> tuple[Tensor, Tensor]:
-    """(mean (W,), weight (size, W)) of principal components of float64 (N, W); rows of 0 where there are fewer.
-
-    Whitened ones are of correlations, with a floor at their mean variance: what varies less is noise.
-    """
-    width = features.shape[1]
-    mean, weight = torch.zeros(width, dtype=torch.float64), torch.zeros(size, width, dtype=torch.float64)
-    if len(features) < 2:
-        return mean, weight
-    mean, deviation = features.mean(dim=0), features.std(dim=0)
-    varied = deviation > 0  # on many columns that never vary, LAPACK may not converge
-    if not varied.any():
-        return mean, weight
-    deviation = deviation[varied].clamp(min=1e-6) if whiten else torch.ones_like(deviation[varied])
-    scaled = (features - mean)[:, varied] / deviation
-    variances, directions = torch.linalg.eigh(scaled.T @ scaled / (len(features) - 1))  # ascending
-    if whiten:
-        directions = directions / variances.clamp(min=float(variances.mean())).sqrt()
-    kept = min(size, len(variances), len(features) - 1)
-    weight[:kept, varied] = (directions[:, -kept:] / deviation.unsqueeze(1)).T.flip(0)
-    return mean, weight
-
-
-def set_components(projection: Projection, raw: Tensor, whiten: bool) -> None:
-    """The projection that all training items give."""
-    mean, weight = components_of(raw[raw.any(dim=1)], projection.size, whiten)
-    projection.linear.weight.copy_(weight)
-    projection.linear.bias.copy_(-weight @ mean)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
