@@ -102,6 +102,7 @@ PAIR = Option(
 )
 # At most the pixels of a picture, which the model knows.
 GRID = Option("--grid", "grid", "N", "N x N patches of a picture", 8, Whole(1, 4096))
+BLEND = switch("--blend", "blended", "move each item towards its nearest neighbours among the split's; see accuracy.md")
 DRY_RUN = switch("--dry-run", "dry_run", "only report counts, memory and, by a probe, time")
 # Of the verbs that encode all items of a split.
 ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

@@ -160,7 +160,7 @@ VERBS = {
     "evaluate": Verb(
         "precision, recall and F1 of a model on labelled pairs",
         f"evaluate {DEMO_DATA} {DEMO_MODEL}",
-        (opt.DATA, opt.SPLIT.but(default="valid"), *opt.ENCODING),
+        (opt.DATA, opt.SPLIT.but(default="valid"), *opt.ENCODING, opt.BLEND),
         "tongkuan.result.evaluate:evaluate",
         outputs=("cache_dir",),
         has_ranks=True,
@@ -168,7 +168,7 @@ VERBS = {
     "predict": Verb(
         "write submit/result.jsonl",
         f"predict {DEMO_DATA} {DEMO_MODEL} --submit runs/mine/submit",
-        (opt.DATA, opt.SPLIT, *opt.ENCODING, opt.SUBMIT, opt.DRY_RUN),
+        (opt.DATA, opt.SPLIT, *opt.ENCODING, opt.BLEND, opt.SUBMIT, opt.DRY_RUN),
         "tongkuan.result.predict:predict",
         instead={"dry_run": "tongkuan.dryrun:dry_run_prediction"},
         outputs=("submit_dir", "cache_dir"),

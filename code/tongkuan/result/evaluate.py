@@ -9,6 +9,7 @@ import numpy as np
 
 from tongkuan.base.errors import entrypoint
 from tongkuan.base.metrics import Labels, Scores, best_threshold, intervals, quality_at
+from tongkuan.encode.blend import blend
 from tongkuan.encode.encode import scores_of, slow_precision
 from tongkuan.encode.inference import open_inference, read_labelled_pairs
 from tongkuan.records.items import pair_file
@@ -24,6 +25,7 @@ def evaluate(
     precision: Precision,
     threshold: float | None,
     cache_dir: Path | None = None,
+    blended: bool = False,
 ) -> None:
     """Print the table."""
     reader = read_labelled_pairs
@@ -33,16 +35,19 @@ def evaluate(
     if not run.ranks.is_first:
         return
     chosen = run.card.threshold if threshold is None else threshold
-    print(f"{model_path} on {len(run.pairs)} pairs of {split}, {precision}")
+    if blended:
+        embeddings, exact = blend(embeddings), exact and blend(exact)
+    print(f"{model_path} on {len(run.pairs)} pairs of {split}, {precision}{', blended' if blended else ''}")
     scores = scores_of(run.pairs, embeddings)
-    print_qualities(scores, labels_of(run.pairs), {"as trained": 0.0, "chosen": chosen})
+    best = print_qualities(scores, labels_of(run.pairs), {"as trained": 0.0, "chosen": chosen})
     if exact is not None:
         print(differences(scores, scores_of(run.pairs, exact), chosen, precision))
     notes = (contradiction_note(pair_file(data_dir, split), run.pairs), run.store.warning())
     for line in (slow_precision(run.ranks.device, precision), *notes):
         if line:
             print(line)
-    print(f"next: {entrypoint('predict', '--data', data_dir, '--model', model_path)}")
+    words = ["--blend", "--threshold", f"{best:.6g}"] if blended and best is not None else []
+    print(f"next: {entrypoint('predict', '--data', data_dir, '--model', model_path, *words)}")
 
 
 def differences(scores: Scores, exact: Scores, threshold: float, precision: Precision) -> str:
@@ -54,10 +59,10 @@ def differences(scores: Scores, exact: Scores, threshold: float, precision: Prec
     )
 
 
-def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]) -> None:
+def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]) -> float | None:
     """A row a threshold, F1 with its 95 % bootstrap interval, and the best that any threshold could reach.
 
-    Of pairs of one label that best says nothing of the model; a line says so in its place.
+    Returns the threshold of that best. Of pairs of one label it says nothing of the model; a line says so in its place.
     """
     print(f"{'threshold':>24} {'F1':>7} {'95 % interval':>17} {'precision':>10} {'recall':>7}")
     for name, threshold in thresholds.items():
@@ -69,6 +74,7 @@ def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]
         value = "1 below all scores" if labels[0] == 1 else "0 at any threshold"
         advice = f"add pairs of label {1 - labels[0]}, or name another --split"
         print(f"note: only pairs of label {labels[0]}: F1 is {value}, so none can be called the best here; {advice}")
-        return
+        return None
     cut, f1 = best_threshold(scores, labels)
     print(f"{'best on these ' + f'{cut:.4f}':>24} {f1:7.4f}  (an upper bound: chosen on the pairs it is measured on)")
+    return cut

@@ -19,6 +19,7 @@ from tongkuan import TOP, __version__
 from tongkuan.base.errors import UserError, entrypoint
 from tongkuan.base.files import check_target, publish, sha256_of
 from tongkuan.base.machine import processor_of
+from tongkuan.encode.blend import blend
 from tongkuan.encode.cache import VERSIONED
 from tongkuan.encode.encode import Embeddings, batch_size, slow_precision
 from tongkuan.encode.inference import Inference, open_inference
@@ -62,12 +63,19 @@ def predict(
     precision: Precision = "fp32",
     threshold: float | None = None,
     cache_dir: Path | None = None,
+    blended: bool = False,
 ) -> None:
     """Predict every pair of a split. UserError before any encoding when an input or a folder is unfit."""
+    if blended and threshold is None:
+        words = ("--split", "valid", "--data", data_dir, "--model", model_path, "--blend")
+        raise UserError(
+            f"--blend: it moves all scores, and the model's threshold with them is not known; run "
+            f"{entrypoint('evaluate', *words)}, and give the best threshold it finds by --threshold"
+        )
     outputs = {"result": submit_dir / "result.jsonl", "similarity": submit_dir / SIMILARITY.name}
     for path in (*outputs.values(), submit_dir / "manifest.json"):
         check_target(path)
-    found = compute(data_dir, split, model_path, encode_batch, precision, threshold, cache_dir)
+    found = compute(data_dir, split, model_path, encode_batch, precision, threshold, cache_dir, blended)
     if found is None:
         return
     write_result(outputs["result"], found.rows)
@@ -92,6 +100,7 @@ def compute(
     precision: Precision,
     threshold: float | None,
     cache_dir: Path | None = None,
+    blended: bool = False,
 ) -> Predicted | None:
     """Encode the items of a split's pairs on all ranks; None on all but the first. Writes nothing but the cache."""
     with open_inference(data_dir, split, model_path, precision, encode_batch, cache_dir) as run:
@@ -100,6 +109,8 @@ def compute(
         embeddings = run.encode("predict")
     if not run.ranks.is_first:
         return None
+    if blended:
+        embeddings = blend(embeddings)
     rows = format_rows(run.pairs, embeddings, float(run.card.threshold if threshold is None else threshold))
     cache = run.caches[precision]
     images = images_hash(run.store, run.item_ids, cache.picture_hashes if cache else {})
@@ -112,7 +123,7 @@ def compute(
         "encode_batch": batch_size(run.settings, run.card.settings, run.ranks.device),
         "images_sha256": images,
         "blank_pictures": sorted(run.store.unreadable),
-    }
+    } | ({"blended": True} if blended else {})
     notes = [*run.store.coverage(), *filter(None, [run.store.warning()])]
     return Predicted(rows, manifest_of(run, facts), notes)
 

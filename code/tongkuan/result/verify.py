@@ -42,9 +42,10 @@ def verify(submit_dir: Path, data_dir: Path, model_path: Path) -> None:
     for name, file in files.items():  # before hours of work; pictures are hashed on the way
         if file.is_file() and sha256_of(file) != manifest["sha256"][name]:
             raise UserError(f"{file}: another {name} file than the one of {path}; name or restore that one")
-    recipe = (manifest[name] for name in ("encode_batch", "precision", "threshold"))
+    recipe = (manifest["encode_batch"], manifest["precision"], manifest["threshold"])
+    blended = manifest.get("blended") is True
     with redirect_stdout(None):  # advice on how to predict is not of this one
-        found = compute(data_dir, manifest["split"], model_path, *recipe)
+        found = compute(data_dir, manifest["split"], model_path, *recipe, None, blended)
     if found is None:
         return
     digest = hashlib.sha256()
