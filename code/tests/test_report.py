@@ -176,11 +176,11 @@ def test_each_pair_has_its_calibrated_probability_and_the_page_says_from_which_p
     assert numbers_of(data["probabilities"], "<f4") == pytest.approx(probabilities(np.sort(scores)[::-1], scaling))
     text = " ".join(Page(html).text.split())
     assert "calibrated on 60 labelled pairs of answers.jsonl" in text
-    assert f"The threshold is at {probabilities(np.array([0.25]), scaling)[0]:.3f}." in text
+    assert f"The threshold is at P(same) {probabilities(np.array([0.25]), scaling)[0]:.3f}." in text
     found = figures.calibrated(numbers_of(data["scores"], "<f8"), numbers_of(data["labels"], "u1"), are_log_odds=True)
     assert found.before is not None and found.after is not None
-    assert f"{found.after.error:.4f}, each fifth of the pairs" in text
-    assert f"{found.before.error:.4f} of sigmoid(score)" in text
+    assert f"{found.after.error:.4f} calibrated, each fifth of the pairs by the others" in text
+    assert f"{found.before.error:.4f} of sigmoid(score)," in text
 
 
 def test_few_labels_leave_the_models_own_probabilities_and_the_page_says_so(tmp_path: Path) -> None:
