@@ -10,7 +10,7 @@ from pathlib import Path
 from browsers import emulate, launch, opened, shoot
 from PIL import Image
 
-WIDTH, HEIGHT = 1400, 1130
+WIDTH, HEIGHT = 1400, 1200
 COLOURS = 128
 
 

@@ -9,14 +9,16 @@ import orjson
 import pytest
 from browsers import assert_accessible, assert_quiet, emulate, opened
 from report_worlds import CLOSING, IMAGE, SCRIPT
-from worlds import make_data, tiny_settings, write_jsonl
+from worlds import make_data, read_jsonl, tiny_settings, write_jsonl
 
+from tongkuan.base.calibration import fit_platt, probabilities
 from tongkuan.base.errors import UserError
 from tongkuan.cli.verbs import main
 from tongkuan.encode.store import open_store
 from tongkuan.learn.train import train
 from tongkuan.model.towers import pair_scores
-from tongkuan.records.items import read_items
+from tongkuan.records.items import Pair, read_items, read_pairs
+from tongkuan.records.labels import labels_of
 from tongkuan.records.result import read_predictions
 from tongkuan.report.explain import WHOLE, occlude, variants_of
 from tongkuan.report.explained import Effect, Explanation, row_of
@@ -158,6 +160,43 @@ def test_without_a_pair_it_is_the_first_of_the_split_with_its_label(data: Path, 
     explanation = occlude(None, data, "valid", model, None, "fp32", 1)[0]
     assert (explanation.pair.left, explanation.pair.right, explanation.pair.label) == ("valid-0-0", "valid-0-1", 1)
     assert occlude(("valid-0-1", "valid-0-0"), data, "valid", model, None, "fp32", 1)[0].pair.label == 1
+
+
+def test_without_labels_the_probability_is_the_models_own_and_the_page_says_so(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explanation = explanation_of(data, model)
+    assert explanation.probability == pytest.approx(1 / (1 + np.exp(-explanation.score)))
+    main(["explain", *words(data, model, tmp_path / "page.html")])
+    assert "not calibrated</b>: that takes 20 pairs" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"P(same) {explanation.probability:.3f}, not calibrated" in capsys.readouterr().out
+
+
+def test_labels_of_the_split_calibrate_the_probability_and_the_pairs_own_does_not(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = make_data(tmp_path / "data", num_products=11)  # 22 pairs of each label
+    path = own / "item_valid_pair.jsonl"
+    pairs = read_pairs(path)
+
+    def explained(pair: Pair) -> Explanation:
+        return occlude((pair.left, pair.right), own, "valid", model, None, "fp32", 1)[0]
+
+    predict(own, "valid", model, tmp_path / "submit")
+    rows = [row for _, row in read_predictions(tmp_path / "submit" / "result.jsonl")]
+    scores = pair_scores(*(np.array([getattr(row, f"{side}_embedding") for row in rows]) for side in ("left", "right")))
+    scaling = fit_platt(scores[1:], labels_of(pairs)[1:])
+    found = explained(pairs[0])
+    assert found.basis.shortage == "" and found.basis.num_pairs == len(pairs) - 1
+    assert found.probability == pytest.approx(probabilities(np.array([found.score]), scaling)[0], abs=1e-4)
+    assert "P(same)" in str(found) and "not calibrated" not in str(found)
+    assert found.facts["listings encoded"] == f"{33 + 2 * 6:,}", "of those pairs, and of the pair with its parts"
+    turned = [row | {"item_label": "0"} if number == 0 else row for number, row in enumerate(read_jsonl(path))]
+    turned.append(turned[1] | {"tgt_item_id": "gone"})  # of no use, and no error
+    write_jsonl(path, turned)
+    assert explained(pairs[0]).probability == found.probability
+    monkeypatch.setattr("tongkuan.report.explain.MAX_LABELLED", 42)
+    assert explained(pairs[0]).basis.num_pairs == 42
 
 
 @pytest.mark.parametrize(

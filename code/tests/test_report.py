@@ -17,6 +17,7 @@ from PIL import Image
 from report_worlds import CLOSING, IMAGE, SCRIPT, World, make_world, write_rows
 from scipy import stats  # scikit-learn brings it
 
+from tongkuan.base.calibration import fit_platt, probabilities
 from tongkuan.base.errors import UserError
 from tongkuan.base.metrics import intervals, quality_at
 from tongkuan.records.items import Pair
@@ -65,6 +66,11 @@ def data_of(html: str) -> dict[str, Any]:
     assert found
     data: dict[str, Any] = orjson.loads(zlib.decompress(base64.b64decode(found[1])))
     return data
+
+
+def numbers_of(text: str, kind: str) -> Any:
+    """An array of the page."""
+    return np.frombuffer(base64.b64decode(text), dtype=kind)
 
 
 def test_the_headline_is_that_of_the_judges_with_the_interval_of_evaluate(html: str, world: World) -> None:
@@ -156,11 +162,36 @@ def test_a_gain_is_measured_on_the_same_draws_so_two_equal_results_gain_nothing(
 def test_calibration_of_scores_that_are_log_odds_is_right_and_of_doubled_ones_is_not() -> None:
     generator = np.random.default_rng(0)
     scores = generator.normal(0, 2, 20_000)
-    labels = (generator.random(20_000) < 1 / (1 + np.exp(-scores))).astype(np.int64)
-    bins, error = figures.calibration(scores, labels)
-    assert error < 0.01 and sum(b.count for b in bins) == 20_000
-    assert sum(b.observed.low <= b.predicted <= b.observed.high for b in bins) >= 8
-    assert figures.calibration(2 * scores, labels)[1] > 0.05
+    labels = (generator.random(20_000) < probabilities(scores)).astype(np.int64)
+    found = figures.calibration(probabilities(scores), labels)
+    assert found.error < 0.01 and sum(b.count for b in found.bins) == 20_000
+    assert sum(b.observed.low <= b.predicted <= b.observed.high for b in found.bins) >= 8
+    assert figures.calibration(probabilities(2 * scores), labels).error > 0.05
+
+
+def test_each_pair_has_its_calibrated_probability_and_the_page_says_from_which_pairs(html: str, world: World) -> None:
+    scores, labels = np.array(world.scores), np.array(world.labels)
+    data, scaling = data_of(html), fit_platt(scores, labels)
+    assert data["calibrated"] is True
+    assert numbers_of(data["probabilities"], "<f4") == pytest.approx(probabilities(np.sort(scores)[::-1], scaling))
+    text = " ".join(Page(html).text.split())
+    assert "calibrated on 60 labelled pairs of answers.jsonl" in text
+    assert f"The threshold is at P(same) {probabilities(np.array([0.25]), scaling)[0]:.3f}." in text
+    found = figures.calibrated(numbers_of(data["scores"], "<f8"), numbers_of(data["labels"], "u1"), are_log_odds=True)
+    assert found.before is not None and found.after is not None
+    assert f"{found.after.error:.4f} calibrated, each fifth of the pairs by the others" in text
+    assert f"{found.before.error:.4f} of sigmoid(score)," in text
+
+
+def test_few_labels_leave_the_models_own_probabilities_and_the_page_says_so(tmp_path: Path) -> None:
+    own = make_world(tmp_path, num_pairs=30)
+    html = made(own, tmp_path)
+    data, text = data_of(html), " ".join(Page(html).text.split())
+    same = sum(own.labels)
+    assert f"not calibrated: that takes 20 pairs of each label, and here are {same} same and {30 - same}" in text
+    assert data["calibrated"] is False
+    assert numbers_of(data["probabilities"], "<f4") == pytest.approx(probabilities(np.sort(own.scores)[::-1]))
+    assert "calibrated on" not in text
 
 
 @given(st.integers(1, 1000), st.data())
@@ -224,11 +255,22 @@ def test_thresholds_of_their_own_are_shown_as_distances(tmp_path: Path) -> None:
     assert data_of(html)["start"] == 0
 
 
-def test_a_strangers_similarity_has_no_towers_and_no_calibration(tmp_path: Path) -> None:
+def test_a_strangers_similarity_has_no_towers_and_no_log_odds(tmp_path: Path) -> None:
     own = make_world(tmp_path)
     (own.submit / "similarity.py").write_text("def compute(a, b): return b[1]", encoding="utf-8")
     html = made(own, tmp_path)
-    assert data_of(html)["commodity"] is None and "so a score is no log-odds" in html
+    data = data_of(html)
+    assert data["commodity"] is None and "so a score is no log-odds" in html
+    assert data["calibrated"] is True and "of sigmoid(score)" not in html, "calibrated all the same"
+
+
+def test_a_strangers_scores_without_enough_labels_have_no_probability(tmp_path: Path) -> None:
+    own = make_world(tmp_path, num_pairs=20)
+    (own.submit / "similarity.py").write_text("def compute(a, b): return b[1]", encoding="utf-8")
+    html = made(own, tmp_path)
+    data = data_of(html)
+    assert data["probabilities"] is None and "calibration" not in data["charts"]
+    assert "No probabilities are shown" in html and "P(same)" not in Page(html).text
 
 
 def test_a_run_adds_its_curves(world: World, tmp_path: Path) -> None:

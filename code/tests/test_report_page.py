@@ -85,6 +85,7 @@ def test_hostile_titles_are_read_as_text(browser: Any, world: World) -> None:
     opened(browser, page)
     first, second = cards(browser)[:2]  # the surest mistakes are theirs
     assert CLOSING in first and all(hostile in second for hostile in (SCRIPT, IMAGE, CLOSING))
+    assert "P(same) 0." in first and "P(same) 0." in second, "beside each verdict"
     assert "names no picture" in second and "no such picture file" in second
     assert "no such picture file" in first and "picture cannot be read" in first
     assert_quiet(browser, page)

@@ -98,22 +98,29 @@ def f1_over_threshold(curve: Sequence[tuple[float, Quality]], axis: str) -> dict
     return finished(alt.layer(line, at_threshold(), point), "F1 over the threshold, with a point where it stands.")
 
 
-def calibration(bins: Sequence[Bin]) -> dict[str, Any]:
-    """The share of same pairs over the predicted chance, against the diagonal where both agree."""
+def calibration(kinds: Mapping[str, Sequence[Bin]]) -> dict[str, Any]:
+    """The share of same pairs over P(same) by each kind of probability, against the diagonal where both agree."""
     rows = [
-        {"predicted": b.predicted, "observed": b.observed.value, "low": b.observed.low, "high": b.observed.high,
-         "pairs": b.count}
-        for b in bins
+        {"kind": kind, "predicted": b.predicted, "observed": b.observed.value, "low": b.observed.low,
+         "high": b.observed.high, "pairs": b.count}
+        for kind, bins in kinds.items() for b in bins
     ]  # fmt: skip
-    x = alt.X("predicted:Q", title="predicted chance of the same product", scale=SHARE)
+    x = alt.X("predicted:Q", title="P(same)", scale=SHARE)
+    colour = alt.Color("kind:N", title=None, scale=alt.Scale(domain=[*kinds][::-1]))
     y_title = "share that is the same product"
     ends = inline([{"predicted": end, "observed": end} for end in (0, 1)])
     diagonal = alt.Chart(ends).mark_line(strokeDash=[2, 4], strokeWidth=1).encode(x=x, y="observed:Q")
-    reach = alt.Chart(inline(rows)).mark_rule(strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q", title=y_title), y2="high:Q")
-    tips = [alt.Tooltip("pairs:Q"), alt.Tooltip("predicted:Q", format=".4f"), alt.Tooltip("observed:Q", format=".4f")]
+    reach = alt.Chart(inline(rows)).mark_rule(strokeWidth=1.5)
+    reach = reach.encode(x=x, y=alt.Y("low:Q", title=y_title), y2="high:Q", color=colour)
+    tips = [
+        alt.Tooltip("kind:N"),
+        alt.Tooltip("pairs:Q"),
+        alt.Tooltip("predicted:Q", format=".4f"),
+        alt.Tooltip("observed:Q", format=".4f"),
+    ]
     points = alt.Chart(inline(rows)).mark_point(size=70, filled=True, opacity=1)
-    points = points.encode(x=x, y=alt.Y("observed:Q", title=y_title, scale=SHARE), tooltip=tips)
-    return finished(alt.layer(diagonal, reach, points), "Observed share of same pairs over the predicted chance.")
+    points = points.encode(x=x, y=alt.Y("observed:Q", title=y_title, scale=SHARE), color=colour, tooltip=tips)
+    return finished(alt.layer(diagonal, reach, points), "Share of pairs that are the same product over P(same).")
 
 
 def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tongkuan.base.calibration import probabilities
 from tongkuan.base.files import sha256_of
 from tongkuan.base.metrics import Scores, average_precision, best_threshold, quality_at
 from tongkuan.records.attributes import AttributeStyle
@@ -31,6 +32,7 @@ class Subject:
     pictures: views.Pictures
     manifest: Mapping[str, Any]
     comparison: figures.Comparison | None
+    probability: figures.Probabilities
 
     @property
     def axis(self) -> tuple[Scores, float, str]:
@@ -96,13 +98,18 @@ def headline(subject: Subject) -> dict[str, Any]:
         "average_precision": average_precision(axis_scores, labels),
         "axis": axis,
         "best": {"threshold": best, "f1": best_f1},
-        "error": calibration_of(result)[1] if result.commodity is not None else None,
+        "probability": subject.probability,
+        "at_threshold": at_threshold(subject),
         "comparison": subject.comparison,
     }
 
 
-def calibration_of(result: Result) -> tuple[list[figures.Bin], float]:
-    return figures.calibration(result.scores, result.labels)
+def at_threshold(subject: Subject) -> float | None:
+    """The calibrated probability at the threshold, None when there is no such or pairs have thresholds of their own."""
+    threshold, scaling = subject.result.threshold, subject.probability.scaling
+    if threshold is None or scaling is None:
+        return None
+    return float(probabilities(np.array([threshold]), scaling)[0])
 
 
 def data(subject: Subject, shown: Sequence[int]) -> dict[str, Any]:
@@ -122,8 +129,10 @@ def data(subject: Subject, shown: Sequence[int]) -> dict[str, Any]:
         "precision-recall": charts.precision_recall(curve),
         "f1": charts.f1_over_threshold(curve, axis),
     }
-    if result.commodity is not None:
-        plotted["calibration"] = charts.calibration(calibration_of(result)[0])
+    found = subject.probability
+    kinds = {"sigmoid(score)": found.before, "calibrated": found.after}
+    if drawn := {name: kind.bins for name, kind in kinds.items() if kind is not None}:
+        plotted["calibration"] = charts.calibration(drawn)
     every = [mark["value"] for mark in named]
     low, high = min(float(scores.min()), *every), max(float(scores.max()), *every)
     compared = subject.comparison
@@ -136,6 +145,8 @@ def data(subject: Subject, shown: Sequence[int]) -> dict[str, Any]:
         "thresholds": packed(result.thresholds) if result.threshold is None else None,
         "commodity": None if result.commodity is None else packed(result.commodity.astype(np.float32)),
         "adaptive": None if result.adaptive is None else packed(result.adaptive.astype(np.float32)),
+        "probabilities": None if found.values is None else packed(found.values.astype(np.float32)),
+        "calibrated": found.scaling is not None,
         "lacking": packed(subject.lacking().astype(np.uint8)),
         "changed": None if compared is None else packed(compared.changed.astype(np.uint8)),
         "groups": [{"name": group.name, "rows": group.rows, "codes": packed(group.codes)} for group in groups],

@@ -3,6 +3,7 @@
 `./entrypoint.sh explain --pair A B --data data --split test --model weights/model.safetensors --out explain.html`
 Plain occlusion (Zeiler & Fergus, arXiv 1311.2901): each listing is encoded anew for every part that is taken away,
 grid x grid patches of its picture among them. What two parts do together, no single one of them shows.
+The pair's probability is calibrated on other pairs of the split, where they have labels.
 """
 
 import time
@@ -14,21 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from tongkuan.base.calibration import AS_TRAINED, fit_platt, probabilities, shortage
 from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.base.files import check_writable, publish, sha256_of
-from tongkuan.encode.encode import Embeddings, slow_precision
-from tongkuan.encode.inference import open_inference
+from tongkuan.encode.encode import Embeddings, distinct_items, scores_of, slow_precision
+from tongkuan.encode.inference import Inference, open_inference
 from tongkuan.encode.store import ItemStore
 from tongkuan.model.towers import pair_scores
 from tongkuan.records.attribute_syntax import canonical
 from tongkuan.records.attributes import attributes_of, item_text, normalise
 from tongkuan.records.items import Item, Pair, read_pairs
+from tongkuan.records.labels import labels_of, pair_key
 from tongkuan.records.rows import is_given
-from tongkuan.report.explained import Effect, Explanation, Patches, render_explanation
+from tongkuan.report.explained import Basis, Effect, Explanation, Patches, render_explanation
 from tongkuan.report.views import Pictures
 from tongkuan.settings import ModelSettings, Precision
 
 WHOLE, PICTURE, TEXT, TITLE = "as it is", "picture", "title and attributes", "title"
+MAX_LABELLED = 200  # pairs to calibrate by: their listings cost about twice as long as those of the pair itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +95,9 @@ def occlude(
 ) -> tuple[Explanation, list[str]]:
     """Encode both listings whole and without each part; what came of it, and lines for the user."""
     with open_inference(
-        data_dir, split, model_path, precision, read=lambda *files: [find_pair(pair_ids, *files)]
+        data_dir, split, model_path, precision, read=lambda *files: find_pairs(pair_ids, *files)
     ) as run:
-        items, settings, (pair,) = run.items, run.card.settings, run.pairs
+        items, settings, (pair, *labelled) = run.items, run.card.settings, run.pairs
         if not 1 <= grid <= settings.image.size:
             raise UserError(
                 f"--grid {grid}: name a number of patches from 1 to {settings.image.size}, the picture's pixels"
@@ -101,6 +105,7 @@ def occlude(
         sides = [variants_of(run.store, items[item_id], grid) for item_id in (pair.left, pair.right)]
         variants = {f"{side} {name}": variant for side, found in enumerate(sides) for name, variant in found.items()}
         notes = [slow_precision(run.ranks.device, precision), run.store.warning()]
+        basis = calibrate(run, labelled)
         run.store, run.item_ids = VariantStore(variants, settings, run.card.open_tokenizer()), list(variants)
         numbers = run.encode("explain")
     left, right = ({name: numbers[f"{side} {name}"] for name in found} for side, found in enumerate(sides))
@@ -117,6 +122,8 @@ def occlude(
         commodity=float(commodity),
         adaptive=float(adaptive),
         threshold=run.card.threshold if threshold is None else threshold,
+        probability=float(probabilities(np.array([plain]), basis.scaling)[0]),
+        basis=basis,
         effects=list(effects(left, right)),
         patches=(
             patches(sides[0], grid, {name: score(numbers, whole[1]) - plain for name, numbers in left.items()}),
@@ -127,22 +134,44 @@ def occlude(
             "precision": precision,
             "split": split,
             "grid": f"{grid} x {grid}",
-            "listings encoded": f"{len(variants):,}",
+            "listings encoded": f"{len(variants) + basis.num_encoded:,}",
         },
     )
     return explanation, [*filter(None, notes)]
 
 
-def find_pair(pair_ids: Sequence[str] | None, path: Path, items: Mapping[str, Item], items_path: Path) -> Pair:
-    """The pair, with its label when the split's file has it, whichever way round."""
+def find_pairs(pair_ids: Sequence[str] | None, path: Path, items: Mapping[str, Item], items_path: Path) -> list[Pair]:
+    """The pair, with its label when the split's file has it, whichever way round; then the others with a label.
+
+    Of more than MAX_LABELLED others, that many drawn at random, the same ones every time.
+    """
     pairs = read_pairs(path, labels="optional") if pair_ids is None or is_given(path) else []
     left, right = pair_ids or (pairs[0].left, pairs[0].right)
     for item_id in (left, right):
         if item_id not in items:
             hint = nearest(item_id, items)
             raise UserError(f"{items_path}: no item {clip(item_id)}{hint}; name two item_ids of this file")
-    known = (found for found in pairs if {found.left, found.right} == {left, right})
-    return Pair(left, right, next((found.label for found in known), None))
+    pair = Pair(left, right)
+    own = [found.label for found in pairs if pair_key(found) == pair_key(pair)]
+    others = [
+        found
+        for found in pairs
+        if found.label is not None and pair_key(found) != pair_key(pair) and {found.left, found.right} <= items.keys()
+    ]
+    if len(others) > MAX_LABELLED:
+        drawn = np.random.default_rng(0).choice(len(others), MAX_LABELLED, replace=False)
+        others = [others[number] for number in sorted(drawn)]
+    return [replace(pair, label=own[0] if own else None), *others]
+
+
+def calibrate(run: Inference, pairs: Sequence[Pair]) -> Basis:
+    """What the probability rests on: the labelled pairs, or nothing, and then none of their listings is encoded."""
+    source, labels = run.files["pairs"].name, labels_of(pairs)
+    if why := shortage(labels):
+        return Basis(AS_TRAINED, source, 0, 0, why)
+    run.item_ids = distinct_items(pairs)
+    embeddings = run.encode("calibrate")
+    return Basis(fit_platt(scores_of(pairs, embeddings), labels), source, len(pairs), len(embeddings), "")
 
 
 def variants_of(store: ItemStore, item: Item, grid: int) -> dict[str, Variant]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tongkuan.base.calibration import Platt
 from tongkuan.records.attributes import AttributeStyle
 from tongkuan.records.items import Item, Pair
 from tongkuan.records.pictures import read_image
@@ -45,6 +46,20 @@ class Patches:
 
 
 @dataclass(frozen=True, slots=True)
+class Basis:
+    """What a probability rests on."""
+
+    scaling: Platt
+    source: str
+    """Name of the file with the labels."""
+    num_pairs: int
+    num_encoded: int
+    """Listings of those pairs."""
+    shortage: str
+    """Why it is not calibrated; empty when it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """All that the page says."""
 
@@ -57,6 +72,9 @@ class Explanation:
     adaptive: float
     """p.p"""
     threshold: float
+    probability: float
+    """P(same)"""
+    basis: Basis
     effects: Sequence[Effect]
     patches: tuple[Patches | None, Patches | None]
     facts: dict[str, str]
@@ -71,7 +89,9 @@ class Explanation:
 
     def __str__(self) -> str:
         sign = ">" if self.called(self.score) else "<="
-        return f"{self.verdict()}, score {self.score:.4f} {sign} {self.threshold:.4f}"
+        doubt = ", not calibrated" if self.basis.shortage else ""
+        score = f"score {self.score:.4f} {sign} {self.threshold:.4f}"
+        return f"{self.verdict()}, {score}, P(same) {self.probability:.3f}{doubt}"
 
 
 def render_explanation(explanation: Explanation, pictures: Pictures) -> bytes:
@@ -93,6 +113,8 @@ def render_explanation(explanation: Explanation, pictures: Pictures) -> bytes:
         "commodity": [explanation.commodity],
         "adaptive": [explanation.adaptive],
         "thresholds": None,
+        "probabilities": [explanation.probability],
+        "calibrated": not explanation.basis.shortage,
         "called": explanation.called(explanation.score),
         "items": item_views(items, pictures, explanation.style),
         "charts": {"effects": effects_chart(rows)} if rows else {},

@@ -9,6 +9,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from tongkuan.base.calibration import Platt, cross_fitted, fit_platt, probabilities, shortage
 from tongkuan.base.metrics import Labels, Quality, Scores, bootstrap, intervals, quality_at
 
 MAX_POINTS = 400  # of a curve: no screen shows more
@@ -47,25 +48,74 @@ def sweep(scores: Scores, labels: Labels) -> list[tuple[float, Quality]]:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Pairs whose predicted probability falls between two tenths: mean prediction, observed share, its interval."""
+    """Pairs of like predicted probability: mean prediction, observed share, its interval."""
 
     count: int
     predicted: float
     observed: Estimate
 
 
-def calibration(scores: Scores, labels: Labels) -> tuple[list[Bin], float]:
-    """(filled bins, expected calibration error) of sigmoid(score), what training took for the chance of "same"."""
-    chances = 1 / (1 + np.exp(-np.clip(scores, -700, 700)))
-    places = np.minimum((chances * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    bins, error = [], 0.0
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How well predicted probabilities fit the labels."""
+
+    bins: list[Bin]
+    """By tenths of the probability, those that hold pairs: what a chart shows."""
+    error: float
+    """Expected calibration error, over bins of equal counts as far as equal probabilities, never split, allow."""
+
+
+def calibration(predictions: Scores, labels: Labels) -> Calibration:
+    """Of probabilities (N,), by CALIBRATION_BINS bins."""
+    tenths = np.minimum((predictions * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    ranks = np.searchsorted(np.sort(predictions), predictions)
+    equal = binned(predictions, labels, ranks * CALIBRATION_BINS // len(ranks))
+    error = sum(b.count * abs(b.observed.value - b.predicted) for b in equal) / len(labels)
+    return Calibration(binned(predictions, labels, tenths), error)
+
+
+def binned(predictions: Scores, labels: Labels, places: NDArray[np.int64]) -> list[Bin]:
+    """The bins by each pair's place (N,), places rising."""
+    bins = []
     for place in np.unique(places):
         inside = places == place
         count, same = int(inside.sum()), int(labels[inside].sum())
-        predicted = float(chances[inside].mean())
+        predicted = float(predictions[inside].mean())
         bins.append(Bin(count, predicted, wilson(same, count)))
-        error += count / len(scores) * abs(same / count - predicted)
-    return bins, error
+    return bins
+
+
+@dataclass(frozen=True, slots=True)
+class Probabilities:
+    """P(same) of each pair, (N,), and what it rests on; None when scores are no log-odds and labels too few."""
+
+    values: Scores | None
+    scaling: Platt | None
+    """Fitted to these pairs' labels; None where they are too few, and then values are sigmoid(score)."""
+    shortage: str
+    before: Calibration | None
+    """Of sigmoid(score); None when scores are no log-odds."""
+    after: Calibration | None
+    """Calibrated, each pair by a scaling that was not fitted to it."""
+
+    def __str__(self) -> str:
+        if self.values is None:
+            return f"no P(same): scores are no log-odds and not calibrated: {self.shortage}"
+        if self.after is None:
+            return f"P(same) is sigmoid(score), not calibrated: {self.shortage}"
+        own = f", of sigmoid(score) {self.before.error:.4f}" if self.before else ""
+        return f"P(same) is calibrated on these pairs: expected calibration error {self.after.error:.4f}{own}"
+
+
+def calibrated(scores: Scores, labels: Labels, are_log_odds: bool) -> Probabilities:
+    """Platt's scaling where the labels suffice for it, else the model's own probabilities."""
+    own = probabilities(scores) if are_log_odds else None
+    before = None if own is None else calibration(own, labels)
+    if why := shortage(labels):
+        return Probabilities(own, None, why, before, None)
+    scaling = fit_platt(scores, labels)
+    after = calibration(cross_fitted(scores, labels), labels)
+    return Probabilities(probabilities(scores, scaling), scaling, "", before, after)
 
 
 def wilson(hits: int, count: int) -> Estimate:

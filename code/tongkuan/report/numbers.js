@@ -23,7 +23,7 @@ async function readData() {
   const data = await unzipped();
   for (const [name, type] of [
     ["left", "i32"], ["right", "i32"], ["labels", "u8"], ["axis", "f64"], ["scores", "f64"], ["thresholds", "f64"],
-    ["commodity", "f32"], ["adaptive", "f32"], ["lacking", "u8"], ["changed", "u8"],
+    ["commodity", "f32"], ["adaptive", "f32"], ["probabilities", "f32"], ["lacking", "u8"], ["changed", "u8"],
   ]) {
     data[name] = unpacked(data[name], type);
   }

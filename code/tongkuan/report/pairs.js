@@ -107,8 +107,18 @@ function verdictOf(data, pair, isCalled) {
   return element("span", { class: `verdict ${isRight ? "right" : "wrong"}` }, text);
 }
 
+// Never 0 or 1: no score is that sure.
+function probabilityOf(data, pair) {
+  const value = data.probabilities[pair];
+  const digits = value < 0.001 ? "< 0.001" : value > 0.999 ? "> 0.999" : value.toFixed(3);
+  const doubt = data.calibrated ? [] : [element("span", { class: "quiet" }, " not calibrated")];
+  return element("span", {}, "P(same) ", element("b", {}, digits), ...doubt);
+}
+
 function scoreLine(data, pair, isCalled) {
-  const parts = [verdictOf(data, pair, isCalled), figure("score", data.scores[pair])];
+  const decision = [verdictOf(data, pair, isCalled)];
+  if (data.probabilities) decision.push(probabilityOf(data, pair));
+  const parts = [element("span", { class: "decision" }, ...decision), figure("score", data.scores[pair])];
   if (data.commodity) {
     parts.push(figure("q·q", data.commodity[pair]), figure("p·p", data.adaptive[pair]));
   }

@@ -42,7 +42,8 @@ def report(
         against = read_scored(against_dir, pairs_path)
         compared = figures.compare(result.margins, aligned_margins(result, against), result.labels)
         notes += [f"{named(against_dir)}: {note}" for note in against.notes if note not in notes]
-    subject = content.Subject(result, items, pictures, manifest, compared)
+    probability = figures.calibrated(result.scores, result.labels, are_log_odds=result.commodity is not None)
+    subject = content.Subject(result, items, pictures, manifest, compared, probability)
     # First, for it finds pictures that cannot be read, and the rest counts them as missing.
     shown, images = content.encode_pictures(subject)
     num_pictured = len(shown) if images else 0  # a catalogue of texts alone
@@ -63,6 +64,7 @@ def report(
         file.write(page)
     quality = quality_at(result.scores, result.labels, result.thresholds)
     print(f"{out}: {quality} on {len(result.pairs)} pairs, {num_pictured} with pictures, {len(page) / 1e6:.1f} MB")
+    print(probability)
     for note in notes:
         print(note)
     print("next: open it in a browser; it needs no network")
