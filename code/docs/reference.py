@@ -85,7 +85,8 @@ def setting_rows(section: type[Section], prefix: str) -> Iterator[tuple[str, str
             continue
         default = getattr(section(), name)
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        yield f"`{prefix}{name}`", "" if shown is None else f"`{shown}`", field.description or ""
+        what = " ".join((field.description or "").split())  # a line's end would end the row
+        yield f"`{prefix}{name}`", "" if shown is None else f"`{shown}`", what
     for name, within in inner.items():
         yield from setting_rows(within, f"{prefix}{name}.")
 

@@ -80,7 +80,7 @@ def test_parts_of_a_step_lose_what_the_whole_step_loses(data: Path, tmp_path: Pa
         task = load_task(settings, data)
         torch.manual_seed(0)
         learner = TrainStep(build(settings.model, task.card.text_config, pretrained=True), settings, ALONE)
-        loaded = load_parts(task, settings, ALONE, 0)
+        loaded = load_parts(task, settings, ALONE, 0, task.train_store)
         losses.append([float(learner.take(step, loaded)[0]) for step in range(4)])
         loaded.close()
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)

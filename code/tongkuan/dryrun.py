@@ -17,7 +17,9 @@ from tongkuan.base.machine import available_cores
 from tongkuan.encode.encode import Embeddings, batch_size, distinct_items, encode, prepare, slow_precision
 from tongkuan.encode.inference import open_inference
 from tongkuan.encode.store import ItemStore
-from tongkuan.learn.dataloader import Loaded, load_parts
+from tongkuan.learn.batches import BatchSampler
+from tongkuan.learn.dataloader import Loaded, Task, load_parts
+from tongkuan.learn.features import BYTES, FeatureStore, features_of
 from tongkuan.learn.run import Run
 from tongkuan.learn.step import TrainStep
 from tongkuan.learn.train import open_training
@@ -40,9 +42,11 @@ def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     with open_training(settings, data_dir) as (task, model, ranks):
         step = TrainStep(model, settings, ranks)
         run = Run(run_dir, settings, ranks)
-        to_fit = distinct_items(task.train_pairs) if run.is_new and isinstance(model, OneTower) else []
+        fits = run.is_new and isinstance(model, OneTower)
         done = run.resume(model, step.optimizer, step.scaler)
-        step_seconds = probe_steps(step, load_parts(task, settings, ranks, done), done, ranks)
+        reuses = options.reuses_features and done < options.steps
+        described = distinct_items(task.train_pairs) if fits or reuses else []
+        step_seconds = probe_steps(step, load_probe(task, model, settings, ranks, done), done, ranks)
         item_ids = distinct_items(task.valid_pairs)
         _, item_seconds = probe_items(model, task.valid_store, item_ids, settings.data, ranks, options.precision)
     if not ranks.is_first:
@@ -52,18 +56,22 @@ def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     validations = sum(
         step % options.validate_every == 0 or step == options.steps for step in range(done + 1, options.steps + 1)
     )
-    validations += bool(to_fit) and not options.steps  # of the fit alone
-    validation, fit = item_seconds * len(item_ids), item_seconds * len(to_fit)
+    validations += fits and not options.steps  # of the fit alone
+    validation, describing = item_seconds * len(item_ids), item_seconds * len(described)
+    held = BYTES * len(described) * sum(model.widths().values()) if reuses else 0
     start = f"{run_dir} goes on after step {done:,}: " if done else ""
     met = f"each pair is met {epochs:.3g} times"
     lines = [
         describe_pairs("train", task.train_pairs, task.train_store),
         describe_pairs("valid", task.valid_pairs, task.valid_store),
         *task.train_store.coverage(),
-        f"{describe_peak(ranks.device)} in {PROBE_STEPS} steps and a validation's batches",
+        describe_trained(model),
+        f"{describe_peak(ranks.device)} in {PROBE_STEPS} steps and a validation's batches"
+        f"{f', {mebibytes(held)} more for features' if held else ''}",
         f"steps: {start}{left:,} of {options.pairs} pairs; ranks {ranks.world_size}; {met}",
-        f"time: {duration(fit + left * step_seconds + validations * validation)}: "
-        f"{f'{fit:.3g} s for the features of {len(to_fit):,} items, ' if to_fit else ''}{step_seconds:.3g} s a step, "
+        f"time: {duration(describing + left * step_seconds + validations * validation)}: "
+        f"{f'{describing:.3g} s for the features of {len(described):,} items, ' if described else ''}"
+        f"{step_seconds:.3g} s a step, "
         f"{validations} validations of {validation:.3g} s; from a probe of {PROBE_STEPS} steps",
         *task.notes,
     ]
@@ -108,6 +116,25 @@ def describe_pairs(split: str, pairs: Sequence[Pair], store: ItemStore) -> str:
         f"{split}: {len(pairs):,} pairs{same} of {len(item_ids):,} items in {groups:,} components; "
         f"items without a picture file: {missing:,}"
     )
+
+
+def describe_trained(model: ItemModel) -> str:
+    """How many of a model's parameters learn."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained, whole = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    return f"parameters: {trained:,} of {whole:,} are trained"
+
+
+def load_probe(task: Task, model: ItemModel, settings: Settings, ranks: Ranks, first_step: int) -> Generator[Loaded]:
+    """The input of PROBE_STEPS training steps, or of those that are left."""
+    end = min(first_step + PROBE_STEPS, settings.train.steps)
+    few = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": end})})
+    if not settings.train.reuses_features:
+        return load_parts(task, few, ranks, first_step, task.train_store)
+    sampler = BatchSampler(task.train_pairs, settings.train)
+    item_ids = distinct_items(pair for step in range(first_step, end) for pair in sampler.batch(step))
+    raw = features_of(model, task.train_store, item_ids, settings.data, ranks) if item_ids else {}
+    return load_parts(task, few, ranks, first_step, FeatureStore(task.train_store, item_ids, raw))
 
 
 def probe_steps(train_step: TrainStep, loaded: Generator[Loaded], first_step: int, ranks: Ranks) -> float:

@@ -233,6 +233,8 @@ def contradictions(settings: Settings) -> list[str]:
                 f"model.parts and {ONE_TOWER_CONSTANTS} more numbers do not fit in model.embedding_size={size}; "
                 "make parts or their keys fewer, or it larger"
             )
+        if not any(settings.model.part_sizes().values()):
+            problems.append("model.parts leave nothing of an item to read; give one of them more than 0")
     for key, value in settings.model.text.config.items():
         is_size = key.startswith("num_") or (key.endswith("_size") and key != "type_vocab_size")  # of which 0 is none
         if is_size and not (isinstance(value, int) and value >= 1):

@@ -3,10 +3,11 @@
 The resolved settings travel in the checkpoint; `predict` reads the model's from there and nowhere else.
 """
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from tongkuan.base.numbers import as_number, finite_throughout
 from tongkuan.records.attributes import TEN_KEYS, AttributeStyle
@@ -29,6 +30,14 @@ Rate = Annotated[float, Number, Field(gt=0, le=1000)]
 RateOrZero = Annotated[float, Number, Field(ge=0, le=1000)]
 Mean = Annotated[float, Number, Field(ge=-1000, le=1000)]
 Deviation = Annotated[float, Number, Field(ge=1e-6, le=1000)]
+LAST = "last-"
+
+
+def checked_encoders(value: str) -> str:
+    """A value of train.encoders as it is; ValueError for any other."""
+    if not re.fullmatch(rf"all|frozen|{LAST}[1-9][0-9]{{0,3}}", value):
+        raise ValueError(f"input should be all, frozen or {LAST}n, n at least 1, such as {LAST}2")
+    return value
 
 
 class Section(pydantic.BaseModel):
@@ -178,7 +187,12 @@ class TrainSettings(Section):
     """Of the two linear layers; learning_rate when empty."""
     final_learning_rate: RateOrZero = 1e-7
     """Where the cosine ends."""
-    later: ClassVar[tuple[str, ...]] = ("negatives",)
+    later: ClassVar[tuple[str, ...]] = ("encoders", "layer_decay", "negatives")
+    encoders: Annotated[str, AfterValidator(checked_encoders)] = "all"
+    """What of the encoders learns: all of it, nothing (frozen), or the last N blocks of each (last-2) with what follows
+    them. Frozen encoders without augmentation run once an item, at fp32: then steps take milliseconds."""
+    layer_decay: Annotated[float, Number, Field(gt=0, le=1)] = 1.0
+    """A block's learning rate as a share of the next block's: the first blocks change the least."""
     negatives: RateOrZero = 0.0
     """Weight of a second loss: that listings of a part that the pairs do not join are not the same product. Their
     number, and so what is learned, depends on ranks and accumulate."""
@@ -203,6 +217,18 @@ class TrainSettings(Section):
     log_every: Count = 50
     """Steps between rows of metrics.jsonl."""
     augmentation: Augmentation = Augmentation()
+
+    @property
+    def trained_blocks(self) -> int | None:
+        """How many blocks at the end of each encoder learn; None for whole encoders."""
+        if self.encoders in ("all", "frozen"):
+            return None if self.encoders == "all" else 0
+        return int(self.encoders.removeprefix(LAST))
+
+    @property
+    def reuses_features(self) -> bool:
+        """Whether encoders say the same of an item at every step, so that they are asked once."""
+        return self.encoders == "frozen" and self.augmentation == Augmentation()
 
 
 class DataSettings(Section):

@@ -10,6 +10,7 @@ from torch import Tensor
 from tongkuan.base.errors import UserError
 from tongkuan.encode.store import Batch, ItemStore, open_store, prefetch
 from tongkuan.learn.batches import Part, parts
+from tongkuan.learn.features import FeatureBatch, FeatureStore
 from tongkuan.model.encoders import build_tokenizer, text_config_of
 from tongkuan.model.modelfile import ModelCard
 from tongkuan.ranks.group import Ranks
@@ -18,7 +19,7 @@ from tongkuan.records.items import Pair, item_file, pair_file, read_items, read_
 from tongkuan.records.labels import NAMES, contradiction_note, labels_of, only_label
 from tongkuan.settings import Settings
 
-Loaded = tuple[Part, Batch, Tensor]
+Loaded = tuple[Part, Batch | FeatureBatch, Tensor]
 """A part, its items, and the labels of its pairs, int64 (pairs,)."""
 
 
@@ -85,11 +86,13 @@ def valid_labels_note(path: Path, pairs: Sequence[Pair]) -> str:
     )
 
 
-def load_parts(task: Task, settings: Settings, ranks: Ranks, first_step: int) -> Generator[Loaded]:
-    """`parts` with their items as tensors and their labels, decoded ahead."""
+def load_parts(
+    task: Task, settings: Settings, ranks: Ranks, first_step: int, store: ItemStore | FeatureStore
+) -> Generator[Loaded]:
+    """`parts` with their items as tensors of a store and their labels, decoded ahead."""
 
     def load(part: Part) -> Loaded:
-        batch = task.train_store.batch(part.item_ids)
+        batch = store.batch(part.item_ids)
         return part, batch.pin() if ranks.device.type == "cuda" else batch, torch.from_numpy(labels_of(part.pairs))
 
     return prefetch(parts(task.train_pairs, settings.train, ranks, first_step), load, settings.data.workers)

@@ -6,17 +6,17 @@ it is the same product, and the threshold is 0 by construction.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from tongkuan.encode.encode import distinct_items, encode, one_thread_each
+from tongkuan.encode.encode import distinct_items, one_thread_each
 from tongkuan.encode.store import ItemStore
 from tongkuan.learn.batches import products_of
 from tongkuan.learn.discriminant import cross_fitted, folds_of, set_directions
@@ -25,7 +25,6 @@ from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
 from tongkuan.records.labels import labels_of
 from tongkuan.records.words import KINDS, Word
-from tongkuan.settings import DataSettings
 
 WHITENED = ("text", "image")
 """Parts whose components count alike; of the others' those that vary more count more."""
@@ -47,13 +46,13 @@ class Columns:
     """By slot, whether both sides have the key; its weight is at most 0."""
 
 
-def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], settings: DataSettings, ranks: Ranks) -> None:
-    """Set all of a tower but its encoders from labelled pairs; the same on every rank."""
+def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], features: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Set all of a tower but its encoders from labelled pairs and `features_of` their items; the same on every rank."""
     item_ids = distinct_items(pairs)
     row_of = {item_id: row for row, item_id in enumerate(item_ids)}
     left, right = (torch.tensor([row_of[getattr(pair, side)] for pair in pairs]) for side in ("left", "right"))
     labels = torch.from_numpy(labels_of(pairs)).double()
-    raw = features_of(tower, store, item_ids, settings, ranks)
+    raw = {name: rows.double() for name, rows in features.items()}
     columns = Columns()
     with one_thread_each(), torch.no_grad():  # how a sum is cut among threads changes its last bits
         product_of = products_of(pairs)
@@ -83,30 +82,6 @@ def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], settings: Data
             tower.words.generic.copy_(common @ means)
             bias = bias - 1  # which the last numbers of p and q make more
         tower.bias.copy_(torch.stack([-bias, bias]).clamp(min=0).sqrt())
-
-
-class RawFeatures(nn.Module):
-    """A tower's raw features in one row an item: what `encode` computes."""
-
-    def __init__(self, tower: OneTower) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, *_words: Tensor) -> Tensor:
-        """float (N, all parts' raw widths)."""
-        return torch.cat([*self.tower.raw(images, ids, mask).values()], dim=1)
-
-
-def features_of(
-    tower: OneTower, store: ItemStore, item_ids: Sequence[str], settings: DataSettings, ranks: Ranks
-) -> dict[str, Tensor]:
-    """Raw features by part, float64 (items, width)."""
-    widths = tower.widths()
-    if not widths:
-        return {}
-    rows = encode(RawFeatures(tower).eval(), store, item_ids, settings, ranks, label="features")
-    numbers = torch.from_numpy(np.stack([rows[item_id] for item_id in item_ids])).double()
-    return dict(zip(widths, numbers.split([*widths.values()], dim=1), strict=True))
 
 
 def projections_of(tower: OneTower) -> list[tuple[str, Projection]]:

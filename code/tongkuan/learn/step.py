@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from tongkuan.encode.store import Batch, normalised
 from tongkuan.learn.augment import augment
 from tongkuan.learn.batches import Part
 from tongkuan.learn.dataloader import Loaded
+from tongkuan.learn.features import FeatureBatch, Joining
+from tongkuan.model.blocks import numbered
 from tongkuan.model.towers import pair_logits
-from tongkuan.model.trunk import ItemModel
+from tongkuan.model.trunk import ItemModel, Kind
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import Augmentation, Settings, TrainSettings
 
@@ -29,21 +31,27 @@ def learning_rate_at(step: int, peak: float, settings: TrainSettings) -> float:
 
 
 def make_optimizer(model: ItemModel, settings: TrainSettings) -> torch.optim.Adam:
-    """Adam with text encoders, image encoders and linear layers in groups of their own."""
-    groups = []
-    for parameters, peak in (
-        ([p for text in model.encoders("text") for p in text.parameters()], settings.learning_rate),
-        (
-            [p for image in model.encoders("image") for p in image.parameters()],
-            settings.image_learning_rate or settings.learning_rate,
-        ),
-        (model.joining(), settings.head_learning_rate or settings.learning_rate),
-    ):
-        if parameters:
-            groups.append({"params": parameters, "peak": peak})
+    """Adam of what learns, with text encoders, image encoders and linear layers in groups of their own."""
+    text, image = settings.learning_rate, settings.image_learning_rate or settings.learning_rate
+    groups = [*encoder_groups(model, "text", text, settings), *encoder_groups(model, "image", image, settings)]
+    groups.append({"params": model.joining(), "peak": settings.head_learning_rate or settings.learning_rate})
     return torch.optim.Adam(
         groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
+
+
+def encoder_groups(model: ItemModel, kind: Kind, peak: float, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Groups of what learns of the encoders, the fastest first; one a block where blocks have rates of their own."""
+    by_peak: dict[float, list[nn.Parameter]] = {}
+    for encoder in model.encoders(kind):
+        has_own = settings.layer_decay != 1
+        numbers = numbered(kind, encoder, f"train.layer_decay={settings.layer_decay:g}") if has_own else {}
+        last = max(numbers.values(), default=0)
+        for name, parameter in encoder.named_parameters():
+            if parameter.requires_grad:
+                own = peak * settings.layer_decay ** (last - numbers.get(name, last))
+                by_peak.setdefault(own, []).append(parameter)
+    return [{"params": by_peak[own], "peak": own} for own in sorted(by_peak, reverse=True)]
 
 
 class TrainStep:
@@ -53,10 +61,10 @@ class TrainStep:
         self.model, self.settings, self.device = model, settings, ranks.device
         self.optimizer = make_optimizer(model, settings.train)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.train.precision == "fp16")
-        self.wrapped: nn.Module = model
+        self.wrapped: nn.Module = Joining(model) if settings.train.reuses_features else model
         if ranks.world_size > 1:
             gpu = [ranks.device] if ranks.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(model, device_ids=gpu)
+            self.wrapped = DistributedDataParallel(self.wrapped, device_ids=gpu)
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
         """Since when steps are counted, seconds that they have stood still for their input, and how many they are."""
 
@@ -100,19 +108,27 @@ class TrainStep:
         self.started, self.waited, self.steps = now, 0.0, 0
         return speed, wait
 
-    def part_loss(self, part: Part, batch: Batch, labels: Tensor) -> Tensor:
+    def inputs(self, part: Part, batch: Batch | FeatureBatch) -> tuple[Tensor | Mapping[str, Tensor], ...]:
+        """What the (wrapped) model is called with."""
+        if isinstance(batch, FeatureBatch):
+            return batch.raw, *batch.words
+        options, model = self.settings.train, self.settings.model
+        images, mask = normalised(batch, model.image), batch.mask
+        if options.augmentation != Augmentation():  # its draws are made on the host
+            place = (options.seed, part.step, part.rows, 2 * options.pairs, model.text.max_tokens)
+            images, mask = augment(images, mask, options.augmentation, *place)
+        return images, batch.ids, mask, *batch.words
+
+    def part_loss(self, part: Part, batch: Batch | FeatureBatch, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a part's pairs; all items go through the (wrapped) model in one forward."""
         options = self.settings.train
         # Indexing by a list, or copying without non_blocking, would have the host wait for the device.
         left, right, classes = (
             torch.as_tensor(numbers).to(self.device, non_blocking=True) for numbers in (part.left, part.right, labels)
         )
-        images, mask = normalised(batch, self.settings.model.image), batch.mask
-        if options.augmentation != Augmentation():  # its draws are made on the host
-            place = (options.seed, part.step, part.rows, 2 * options.pairs, self.settings.model.text.max_tokens)
-            images, mask = augment(images, mask, options.augmentation, *place)
+        inputs = self.inputs(part, batch)
         with autocast(self.device, options.precision):
-            embeddings = self.wrapped(images, batch.ids, mask, *batch.words)  # (items, 2D)
+            embeddings = self.wrapped(*inputs)  # (items, 2D)
         embeddings = embeddings.float()
         loss = nn.functional.cross_entropy(pair_logits(embeddings[left], embeddings[right]), classes)
         if options.negatives:

@@ -21,12 +21,14 @@ from tongkuan.base.files import check_target, check_writable, publish
 from tongkuan.base.machine import keep_freed_memory
 from tongkuan.base.metrics import average_precision, best_threshold, quality_at
 from tongkuan.encode.encode import batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
-from tongkuan.encode.store import normalised
+from tongkuan.encode.store import ItemStore, normalised
 from tongkuan.learn.batches import BatchSampler
 from tongkuan.learn.dataloader import Task, load_parts, load_task
+from tongkuan.learn.features import FeatureStore, features_of
 from tongkuan.learn.fit import fit
 from tongkuan.learn.run import Run
 from tongkuan.learn.step import TrainStep
+from tongkuan.model.blocks import freeze
 from tongkuan.model.modelfile import ModelCard, save_model
 from tongkuan.model.one import OneTower
 from tongkuan.model.towers import SharedTowers, TwoTowers, build, checkpoint_activations, whiten_head
@@ -70,6 +72,7 @@ def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Task, It
             torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         model = build(settings.model, task.card.text_config, pretrained=True).to(ranks.device)
+        freeze(model, options)
         if options.checkpoint_activations:
             checkpoint_activations(model)
         yield task, model, ranks
@@ -96,8 +99,7 @@ class Trainer:
         """Take all steps that are left, or those up to a request to stop; every rank takes part."""
         options, run, ranks = self.options, self.run, self.ranks
         is_new = run.is_new
-        if is_new:
-            self.start()
+        raw = self.start() if is_new else None
         torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs from rank to rank
         keep_freed_memory()
         step = TrainStep(self.model, self.settings, ranks)
@@ -109,9 +111,10 @@ class Trainer:
         if run.owes_validation:
             self.validate(done)
             run.save(done, self.model, step.optimizer, step.scaler)
+        store = self.store(done, raw)
         self.model.train()
         with StopRequests(ranks) as requests, self.progress(done) as progress:
-            loaded = load_parts(self.task, self.settings, ranks, done)
+            loaded = load_parts(self.task, self.settings, ranks, done, store)
             step.take_times()
             for number in range(done + 1, options.steps + 1):
                 loss, norm = step.take(number - 1, loaded)
@@ -214,12 +217,27 @@ class Trainer:
             card = ModelCard(settings.model, threshold, task.card.text_config, task.card.tokenizer, facts)
             save_model(run.best, self.model, card)
 
-    def start(self) -> None:
-        """What is set before the first step, from the training items; the same on every rank."""
+    def store(self, done: int, raw: dict[str, Tensor] | None) -> ItemStore | FeatureStore:
+        """Where steps find the training items; by their features, `raw` or new ones, where encoders are asked once."""
+        task, options = self.task, self.options
+        if not options.reuses_features or done >= options.steps:
+            return task.train_store
+        item_ids = distinct_items(task.train_pairs)
+        if raw is None:
+            raw = features_of(self.model, task.train_store, item_ids, self.settings.data, self.ranks)
+        return FeatureStore(task.train_store, item_ids, raw)
+
+    def start(self) -> dict[str, Tensor] | None:
+        """Set what is set before the first step, from the training items; the same on every rank.
+
+        Their raw features, where they were computed for it and steps go on from them.
+        """
         model, store, data = self.model, self.task.train_store, self.settings.data
         if isinstance(model, OneTower):
-            fit(model, store, self.task.train_pairs, data, self.ranks)
-        elif self.options.whiten:
+            raw = features_of(model, store, distinct_items(self.task.train_pairs), data, self.ranks)
+            fit(model, store, self.task.train_pairs, raw, self.ranks)
+            return raw if self.options.reuses_features else None
+        if self.options.whiten:
             assert isinstance(model, TwoTowers | SharedTowers)
             model.eval()
             chosen = sorted(distinct_items(self.task.train_pairs))[:WHITEN_ITEMS]
@@ -228,6 +246,7 @@ class Trainer:
             # Two like towers would cancel out. So scores start as likeness (q.q), and thresholds (p.p) near 0.
             for (trunk, head), norm in zip(model.heads(), WHITEN_NORMS, strict=True):
                 whiten_head(head, features[trunk], norm)
+        return None
 
     def features(self, trunks: Sequence[Trunk], batches: Sequence[Sequence[str]]) -> dict[Trunk, Tensor]:
         """What each trunk says of the items in batches, float (items, width)."""

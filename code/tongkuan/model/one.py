@@ -5,6 +5,8 @@ the parts' cosines. By keys: q says which value a key has, p that the key is the
 take away, and a key that one side lacks says nothing. Listings that are like many others are asked for more likeness.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, pad
@@ -145,10 +147,10 @@ class OneTower(ItemModel):
             views.append(interpolate(middle, size=(side, side), mode="bilinear"))
         return torch.stack([self.trunk.image(view).float() for view in views]).mean(dim=0)
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, *words: Tensor) -> Tensor:
-        """Embeddings [p ; q]; inputs as in `raw`, and words as encode.store.padded_words has them."""
-        raw = self.raw(images, ids, mask)
-        one = torch.ones(len(mask), 1, device=images.device)
+    def joined(self, raw: Mapping[str, Tensor], *words: Tensor) -> Tensor:
+        """As in ItemModel."""
+        some = (*words, *raw.values())[0]
+        one = torch.ones(len(some), 1, device=some.device)
         p = [one * self.bias[0]]
         q = [one * self.bias[1], *(projection(raw[name]) for name, projection in self.projections.items())]
         if self.words is not None:

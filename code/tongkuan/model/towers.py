@@ -19,15 +19,11 @@ from tongkuan.settings import ModelSettings
 
 
 class Tower(Trunk):
-    """Text and picture of N items -> (N, embedding_size)."""
+    """A trunk with a head of its own."""
 
     def __init__(self, text: nn.Module | None, image: nn.Module | None, embedding_size: int) -> None:
         super().__init__(text, image)
         self.head = nn.Linear(self.width, embedding_size)
-
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """float (N, embedding_size); inputs as in Trunk.features."""
-        return self.head(self.features(images, ids, mask))  # type: ignore[no-any-return]
 
 
 class TwoTowers(ItemModel):
@@ -37,9 +33,20 @@ class TwoTowers(ItemModel):
         super().__init__()
         self.threshold, self.commodity = threshold, commodity
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [p ; q], float (N, 2 x embedding_size); inputs as in Trunk.features."""
-        return torch.cat([self.threshold(images, ids, mask), self.commodity(images, ids, mask)], dim=1)
+    def widths(self) -> dict[str, int]:
+        """As in ItemModel: of each tower."""
+        return {"threshold": self.threshold.width, "commodity": self.commodity.width}
+
+    def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """As in ItemModel: each tower's features."""
+        return {
+            "threshold": self.threshold.features(images, ids, mask),
+            "commodity": self.commodity.features(images, ids, mask),
+        }
+
+    def joined(self, raw: Mapping[str, Tensor], *_words: Tensor) -> Tensor:
+        """As in ItemModel; words are not read."""
+        return torch.cat([self.threshold.head(raw["threshold"]), self.commodity.head(raw["commodity"])], dim=1)
 
     def heads(self) -> list[tuple[Trunk, nn.Linear]]:
         """Trunk and head of p, then of q."""
@@ -55,10 +62,17 @@ class SharedTowers(ItemModel):
         self.threshold = nn.Linear(trunk.width, embedding_size)
         self.commodity = nn.Linear(trunk.width, embedding_size)
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [p ; q], float (N, 2 x embedding_size); inputs as in Trunk.features."""
-        features = self.trunk.features(images, ids, mask)
-        return torch.cat([self.threshold(features), self.commodity(features)], dim=1)
+    def widths(self) -> dict[str, int]:
+        """As in ItemModel: of the trunk."""
+        return {"trunk": self.trunk.width}
+
+    def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """As in ItemModel: the trunk's features."""
+        return {"trunk": self.trunk.features(images, ids, mask)}
+
+    def joined(self, raw: Mapping[str, Tensor], *_words: Tensor) -> Tensor:
+        """As in ItemModel; words are not read."""
+        return torch.cat([self.threshold(raw["trunk"]), self.commodity(raw["trunk"])], dim=1)
 
     def heads(self) -> list[tuple[Trunk, nn.Linear]]:
         """Trunk and head of p, then of q."""

@@ -1,6 +1,7 @@
 """What every model is made of: encoders of texts and pictures, each once or twice."""
 
 import functools
+from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
@@ -12,12 +13,32 @@ Kind = Literal["text", "image"]
 class ItemModel(nn.Module):
     """Encoders and what joins them: items -> embeddings [p ; q]."""
 
-    def train(self, mode: bool = True) -> Self:
-        """Training mode, with batch normalisation at its learned statistics.
+    def widths(self) -> dict[str, int]:
+        """Raw numbers of an item by part, in the order of `raw`."""
+        raise NotImplementedError
 
-        Statistics of a few pictures are noise, and would differ with the number of ranks.
+    def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """What is known of items before anything is joined, by part: float (N, width); inputs as in Trunk.features."""
+        raise NotImplementedError
+
+    def joined(self, raw: Mapping[str, Tensor], *words: Tensor) -> Tensor:
+        """Embeddings [p ; q], float (N, 2 x embedding_size), of what `raw` gives and encode.store.padded_words."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, *words: Tensor) -> Tensor:
+        """Embeddings [p ; q], float (N, 2 x embedding_size)."""
+        return self.joined(self.raw(images, ids, mask), *words)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for batch normalisation and encoders that do not learn.
+
+        Statistics of a few pictures are noise, and would differ with the number of ranks. Dropout keeps an encoder from
+        learning by heart; where nothing is learned, it would only blur what the encoder says.
         """
         super().train(mode)
+        for encoder in (*self.encoders("text"), *self.encoders("image")):
+            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+                encoder.eval()
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -25,7 +46,8 @@ class ItemModel(nn.Module):
 
     def encoders(self, kind: Kind) -> list[nn.Module]:
         """The text or image encoders, each once."""
-        return [found for child in self.children() if isinstance(found := getattr(child, kind, None), nn.Module)]
+        trunks = [child for child in self.children() if isinstance(child, Trunk)]
+        return [found for trunk in trunks if (found := getattr(trunk, kind)) is not None]
 
     def joining(self) -> list[nn.Parameter]:
         """Parameters that are no encoder's."""
