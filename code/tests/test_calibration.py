@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize  # scikit-learn brings it
 
@@ -68,6 +68,7 @@ def test_scores_that_are_log_odds_already_are_left_nearly_as_they_are() -> None:
 
 
 @given(ANY)
+@example((np.array([0.0] * 6 + [-1.0]), np.ones(7, dtype=np.int64)))  # sums round to a slope below 0
 def test_whatever_the_scores_probabilities_are_finite_and_never_fall_as_the_score_rises(
     case: tuple[Scores, Labels],
 ) -> None:
@@ -77,7 +78,8 @@ def test_whatever_the_scores_probabilities_are_finite_and_never_fall_as_the_scor
         for found in (probabilities(scores, scaling), probabilities(scores), cross_fitted(scores, labels)):
             assert np.all((found >= 0) & (found <= 1))
         assert scaling.scale >= 0 and np.isfinite([scaling.scale, scaling.bias]).all()
-        assert np.all(np.diff(probabilities(np.sort(scores), scaling)) >= 0)
+        rises = np.diff(probabilities(np.sort(scores), scaling))
+        assert rises.min() > -1e-15, "but for the last bit of exp"
 
 
 def test_scores_that_part_the_labels_perfectly_still_leave_a_doubt() -> None:

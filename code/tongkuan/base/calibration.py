@@ -66,12 +66,13 @@ def fit_platt(scores: Scores, labels: Labels) -> Platt:
     largest = float(np.abs(scores).max())
     units = scores / largest if largest else scores
     centre, spread = float(units.mean()), float(units.std())
-    if not largest * spread > np.finfo(np.float64).tiny:
+    if num_same in (0, len(labels)) or largest * spread <= np.finfo(np.float64).tiny:
         return flat
     standard = (units - centre) / spread
-    if not float(np.sum((targets - base) * standard)) > 0:  # the loss falls towards a negative scale
+    if standard[labels == 1].mean() <= standard[labels == 0].mean():  # the loss falls towards a negative scale
         return flat
     slope, offset = newton(standard, targets, 0.0, flat.bias)
+    slope = max(slope, 0.0)  # where the means are all but equal, rounding may lead below
     return Platt(slope / (largest * spread), offset - slope * centre / spread)
 
 
