@@ -52,6 +52,18 @@ def predicted(data: Path, model: Path, submit: Path) -> float:
     raise AssertionError("not predicted")
 
 
+each_part = pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        ("picture", {"item_image_name": ""}),
+        ("title", {"title": ""}),
+        ("型号", {"item_pvs": "产地#:#杭州"}),
+        ("title and attributes", {"title": "", "item_pvs": ""}),
+    ],
+)
+"""What is taken from a listing, as explain names it, and what then stands in its row."""
+
+
 def change(data: Path, item_id: str, **fields: str) -> None:
     path = data / "item_test_info.jsonl"
     rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
@@ -65,15 +77,7 @@ def test_the_whole_score_is_that_of_predict(data: Path, model: Path, tmp_path: P
     assert explanation.called(explanation.score) == (explanation.score > explanation.threshold)
 
 
-@pytest.mark.parametrize(
-    ("part", "fields"),
-    [
-        ("picture", {"item_image_name": ""}),
-        ("title", {"title": ""}),
-        ("型号", {"item_pvs": "产地#:#杭州"}),
-        ("title and attributes", {"title": "", "item_pvs": ""}),
-    ],
-)
+@each_part
 def test_without_a_part_it_scores_as_if_never_there(
     own: Path, model: Path, tmp_path: Path, part: str, fields: dict[str, str]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import ok, run_verb
 from sklearn.linear_model import LogisticRegression
-from test_explain import A, change, effect_of, explanation_of, predicted
+from test_explain import A, change, each_part, effect_of, explanation_of, predicted
 from test_main import error_of
 from test_train import metrics_of, state_bytes
 from torch import Tensor
@@ -164,15 +164,7 @@ def test_a_run_without_a_step_has_its_report_and_its_score(
     assert float(capsys.readouterr().out.partition("F1")[2].split()[0]) > 0.95
 
 
-@pytest.mark.parametrize(
-    ("part", "fields"),
-    [
-        ("picture", {"item_image_name": ""}),
-        ("title", {"title": ""}),
-        ("型号", {"item_pvs": "产地#:#杭州"}),
-        ("title and attributes", {"title": "", "item_pvs": ""}),
-    ],
-)
+@each_part
 def test_explained_without_a_part_it_scores_as_if_never_there(
     own: Path, fitted: Path, tmp_path: Path, part: str, fields: dict[str, str]
 ) -> None:
