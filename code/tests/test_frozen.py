@@ -1,6 +1,7 @@
 """train.encoders and train.layer_decay: what of the encoders learns, and that the rest costs nothing a step."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from worlds import ONE, snapshot, tiny_preset, tiny_settings, train_words
 from tongkuan.base.errors import UserError
 from tongkuan.cli.verbs import main
 from tongkuan.learn.dataloader import Loaded, load_task
+from tongkuan.learn.features import FeatureStore
 from tongkuan.learn.step import TrainStep, make_optimizer
 from tongkuan.learn.train import train
 from tongkuan.model.blocks import block_numbers, freeze, numbered
@@ -56,8 +58,17 @@ def in_encoder(name: str) -> str:
 # What learns
 
 
-@pytest.mark.parametrize("towers", TOWERS)
-@pytest.mark.parametrize("encoders", ["all", "frozen", *LAST])
+@pytest.mark.parametrize(
+    ("towers", "encoders"),
+    [
+        ("two", "all"),
+        ("two", "last-2"),
+        ("shared", "frozen"),
+        ("shared", "last-1"),
+        ("one", "frozen"),
+        ("one", "last-2"),
+    ],
+)
 def test_only_what_is_named_changes_in_training(data: Path, tmp_path: Path, towers: str, encoders: str) -> None:
     settings = tiny_settings(tmp_path, LAYERS, *TOWERS[towers], f"train.encoders={encoders}")
     torch.manual_seed(settings.train.seed)
@@ -208,9 +219,23 @@ def count_encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-@pytest.mark.parametrize(
-    ("towers", "encoders"), [("two", "frozen"), ("two", "last-1"), ("one", "frozen"), ("shared", "last-2")]
-)
+def test_items_of_known_features_have_the_words_they_had(data: Path, tmp_path: Path) -> None:
+    store = load_task(tiny_settings(tmp_path, *ONE), data).train_store
+    item_ids = sorted(store.items)
+    long, short, empty, *_ = item_ids
+    store.items[long] = replace(store.items[long], title="杯子 AB1234 " * 9)
+    store.items[empty] = replace(store.items[empty], title="", item_attributes="", sku_attributes="")
+    assert not store.words(empty) and len(store.words(long)) > len(store.words(short))
+    known = FeatureStore(store, item_ids, {"image": torch.arange(len(item_ids)).unsqueeze(1)})
+    for chosen in ([empty], [short, long, empty], [long, long], item_ids):
+        for _ in range(2):
+            batch = known.batch(chosen)
+            assert [*batch.raw["image"].flatten()] == [item_ids.index(item_id) for item_id in chosen]
+            assert all(map(torch.equal, batch.words, store.batch(chosen).words))
+            assert len(batch.words) == 2
+
+
+@pytest.mark.parametrize(("towers", "encoders"), [("two", "last-1"), ("shared", "frozen"), ("one", "frozen")])
 def test_a_run_that_was_stopped_ends_as_an_unbroken_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, towers: str, encoders: str
 ) -> None:

@@ -32,6 +32,7 @@ LONGEST_ROW = 1 << 16  # bytes, of a ledger
 
 KEPT_BESIDE = 250  # bytes that keeping an array takes beside its numbers: the object, its place in a dictionary
 TEXTS_AT_ONCE = 1024  # tokenised together when only their lengths are asked for
+NO_WORD = Word(0, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +221,7 @@ class ItemStore:
 def padded_words(rows: Sequence[Sequence[Word]]) -> tuple[Tensor, Tensor]:
     """Buckets and owners of each item's words, int64 (N, G); owners are -1 where there is none."""
     width = max(1, *map(len, rows))
-    padded = [[*((word.bucket, word.owner) for word in row), *[(0, -1)] * (width - len(row))] for row in rows]
-    both = torch.tensor(padded, dtype=torch.int64)
+    both = torch.tensor([[*row, *[NO_WORD] * (width - len(row))] for row in rows], dtype=torch.int64)
     return both[..., 0].contiguous(), both[..., 1].contiguous()
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tongkuan.encode.encode import encode
-from tongkuan.encode.store import ItemStore, padded_words
+from tongkuan.encode.store import NO_WORD, ItemStore, padded_words
 from tongkuan.model.trunk import ItemModel
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import DataSettings
@@ -75,14 +76,29 @@ class FeatureBatch:
 
 
 class FeatureStore:
-    """Items whose raw features are known, turned into batches; safe for threads."""
+    """Items whose raw features are known, turned into batches; safe for threads.
+
+    Their words are found at the first visit and kept, some 5 KiB an item.
+    """
 
     def __init__(self, store: ItemStore, item_ids: Sequence[str], raw: Mapping[str, Tensor]) -> None:
         self.store, self.raw = store, raw
         self.row_of = {item_id: row for row, item_id in enumerate(item_ids)}
+        self._words: dict[str, tuple[Tensor, Tensor]] = {}
 
     def batch(self, item_ids: Sequence[str]) -> FeatureBatch:
         """Tensors of the items in this order."""
         rows = torch.tensor([self.row_of[item_id] for item_id in item_ids])
-        words = padded_words([self.store.words(item_id) for item_id in item_ids]) if self.store.reads_words else ()
+        words = self.words(item_ids) if self.store.reads_words else ()
         return FeatureBatch({name: numbers[rows] for name, numbers in self.raw.items()}, words)
+
+    def words(self, item_ids: Sequence[str]) -> tuple[Tensor, ...]:
+        """As padded_words has them."""
+        for item_id in item_ids:
+            if item_id not in self._words:
+                self._words[item_id] = padded_words([self.store.words(item_id)])
+        halves = zip(*(self._words[item_id] for item_id in item_ids), strict=True)
+        return tuple(
+            pad_sequence([rows[0] for rows in half], batch_first=True, padding_value=filler)
+            for half, filler in zip(halves, NO_WORD, strict=True)
+        )
