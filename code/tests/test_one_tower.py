@@ -45,10 +45,12 @@ def tower(tmp_path: Path) -> OneTower:
             parameter.add_(0.1)  # or it would say nothing of nothing by itself
         for number, projection in enumerate(tower.projections.values()):
             projection.scale.fill_(0.7 + 0.2 * number)
+            projection.lack.fill_(0.3 + 0.1 * number)
         tower.words.idf.copy_(torch.rand(BUCKETS, generator=generator) + 0.5)
         tower.words.generic.copy_(torch.randn(BUCKETS, generator=generator) / 8)
         tower.words.scales.copy_(torch.arange(len(tower.words.scales)) / 4 + 0.5)
-        tower.words.lack.copy_(torch.tensor([0.9, 0.6, 0.3]))
+        tower.words.lack.copy_(torch.arange(1, len(tower.words.lack) + 1) / 8)
+        tower.words.usual.copy_(torch.tensor([0.4, -0.3, 0.2, 0.1]))
         for slot, key in enumerate(KEYS):
             tower.words.group_of[FIRST_KEY + key] = FIRST_KEY + slot
         tower.bias.copy_(torch.tensor([0.8, 1.3]))
@@ -114,12 +116,14 @@ def claimed(tower: OneTower, listings: Listings, left: int, right: int) -> float
             if raw[name][left].any() and raw[name][right].any():
                 vectors = projection.linear(raw[name]).double()
                 score += float(projection.scale) ** 2 * float(cosine_similarity(vectors[left], vectors[right], dim=0))
+                score -= float(projection.lack) ** 2
         for group, scale in enumerate(tower.words.scales.tolist()):
             a, b = (unit(listings.words[side], group, tower) for side in (left, right))
             score += scale**2 * sum(weight * b.get(bucket, 0) for bucket, weight in a.items())
-            if group >= FIRST_KEY and a and b:
-                score -= float(tower.words.lack[group - FIRST_KEY]) ** 2
+            if a and b:
+                score -= float(tower.words.lack[group]) ** 2
             for side in (a, b):
+                score -= float(tower.words.usual[group]) if side and group < FIRST_KEY else 0
                 score += sum(weight * float(tower.words.generic[bucket]) for bucket, weight in side.items())
     return score
 
@@ -225,7 +229,7 @@ def test_a_key_adds_where_equal_takes_away_where_not_and_is_silent_where_a_side_
     with torch.no_grad():
         tower.words.generic.zero_()
         tower.words.scales[FIRST_KEY + 1] = 1.5
-        tower.words.lack[1] = 0.5
+        tower.words.lack[FIRST_KEY + 1] = 0.5
     at, *others = apart(tower.words.size, 3)
     title, (red, blue) = Word(at, 0), (Word(bucket, FIRST_KEY + KEYS[1]) for bucket in others)
 

@@ -11,7 +11,7 @@ import pydantic
 import yaml
 
 from tongkuan.base.errors import UserError, clip, entrypoint, nearest
-from tongkuan.settings import ONE_TOWER_CONSTANTS, Section, Settings
+from tongkuan.settings import ONE_TOWER_CONSTANTS, ONE_TOWER_PRESENCES, Section, Settings
 
 MAX_PRESET = 100_000  # bytes
 INTEGER = "tag:yaml.org,2002:int"
@@ -228,7 +228,11 @@ def contradictions(settings: Settings) -> list[str]:
         problems.append("train.steps=0 leaves two towers as they start; take steps, or set model.towers=one")
     if settings.model.towers == "one":
         size, taken = settings.model.embedding_size, sum(settings.model.part_sizes().values()) + ONE_TOWER_CONSTANTS
-        if taken > size or settings.model.part_sizes()["words"] < 0 or settings.model.parts.keys + 2 > size:
+        if (
+            taken > size
+            or settings.model.part_sizes()["words"] < 0
+            or settings.model.parts.keys + ONE_TOWER_PRESENCES > size
+        ):
             problems.append(
                 f"model.parts and {ONE_TOWER_CONSTANTS} more numbers do not fit in model.embedding_size={size}; "
                 "make parts or their keys fewer, or it larger"

@@ -13,6 +13,7 @@ from tongkuan.base.numbers import as_number, finite_throughout
 from tongkuan.records.attributes import TEN_KEYS, AttributeStyle
 
 ONE_TOWER_CONSTANTS = 2  # numbers of q that are no part's
+ONE_TOWER_PRESENCES = 10  # numbers of p at most that are no key's
 Precision = Literal["fp32", "bf16", "fp16"]
 Inputs = Literal["both", "text", "image"]
 Towers = Literal["two", "shared", "one"]

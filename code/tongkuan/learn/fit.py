@@ -20,7 +20,7 @@ from tongkuan.encode.encode import distinct_items, one_thread_each
 from tongkuan.encode.store import ItemStore
 from tongkuan.learn.batches import products_of
 from tongkuan.learn.discriminant import cross_fitted, folds_of, set_directions
-from tongkuan.model.one import OneTower, Projection, Words
+from tongkuan.model.one import OneTower, Words
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
 from tongkuan.records.labels import labels_of
@@ -31,6 +31,7 @@ WHITENED = ("text", "image")
 PENALTY = 1e-3  # of squared weights of columns of deviation 1, against the mean loss of a pair
 FIRST_ROOT = 0.1
 ITERATIONS = 300
+MOSTLY = 0.95  # of the items
 LEAST_ITEMS = 20  # that say something by a key, or it gets no slot
 
 
@@ -44,6 +45,8 @@ class Columns:
     """By kind of word, how much both sides are like the mean training item; of any weight."""
     both: list[Tensor] = field(default_factory=list)
     """By slot, whether both sides have the key; its weight is at most 0."""
+    there: list[Tensor] = field(default_factory=list)
+    """By projected part, then by kind of word, whether both sides have it."""
 
 
 def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], features: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -57,7 +60,9 @@ def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], features: Mapp
     with one_thread_each(), torch.no_grad():  # how a sum is cut among threads changes its last bits
         product_of = products_of(pairs)
         products = torch.tensor([product_of[item_id] for item_id in item_ids])
-        for name, projection in projections_of(tower):
+        for name, projection in tower.projected():
+            has = raw[name].any(dim=1)
+            columns.there.append((has[left] & has[right]).double())
             part = (raw[name], products, projection.size, name in WHITENED)
             columns.likeness.append(cross_fitted(*part, folds_of(products), left, right))
             set_directions(projection, *part)
@@ -71,22 +76,35 @@ def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], features: Mapp
                 total=len(pairs),
                 disable=None if ranks.is_first else True,
             )
-            means = add_words(columns, tower.words, words, sides)
+            means, usually_common = add_words(columns, tower.words, words, sides)
+        usual = centre(columns)
         with torch.enable_grad():
             likeness, common, both, bias = regression(columns, labels)
-        for (_, projection), weight in zip(projections_of(tower), likeness, strict=False):
+        lack = (likeness[: len(usual)] * usual).sqrt()
+        for (_, projection), weight, root in zip(tower.projected(), likeness, lack, strict=False):
             projection.scale.copy_(weight.sqrt())
+            projection.lack.copy_(root)
         if tower.words is not None:
             tower.words.scales.copy_(likeness[-len(tower.words.scales) :].sqrt())
-            tower.words.lack.copy_((-both).sqrt())
+            tower.words.lack.copy_(torch.cat([lack[-len(KINDS) :], (-both).sqrt()]))
+            tower.words.usual.copy_(common * usually_common)
             tower.words.generic.copy_(common @ means)
-            bias = bias - 1  # which the last numbers of p and q make more
+            # What is taken from both sides is given back; the last numbers of p and q make 1 more.
+            bias = bias + 2 * (common * usually_common).sum() - 1
         tower.bias.copy_(torch.stack([-bias, bias]).clamp(min=0).sqrt())
 
 
-def projections_of(tower: OneTower) -> list[tuple[str, Projection]]:
-    """The tower's projected parts in their order."""
-    return [(name, part) for name, part in tower.projections.items() if isinstance(part, Projection)]
+def centre(columns: Columns) -> Tensor:
+    """Take from likeness what it usually is where both sides have a part, so that lacking it tells as much: nothing.
+
+    Returns that mean by projected part and kind, float64 (parts,), at least 0.
+    """
+    usual = torch.zeros(len(columns.there), dtype=torch.float64)
+    for place, there in enumerate(columns.there):
+        mean = (columns.likeness[place] * there).sum() / there.sum().clamp(min=1)
+        usual[place] = mean.clamp(min=0)
+        columns.likeness[place] = columns.likeness[place] - usual[place] * there
+    return usual
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,16 +119,17 @@ def learn_words(words: Words, items: Sequence[Sequence[Word]]) -> None:
     words.idf.copy_(torch.log((1 + len(items)) / (1 + counts)))
     keys = Counter(owner for own in items for owner in {word.owner for word in own} if owner >= len(KINDS))
     common = sorted((key for key, count in keys.items() if count >= LEAST_ITEMS), key=lambda key: (-keys[key], key))
-    for slot, owner in enumerate(common[: len(words.lack)]):
+    for slot, owner in enumerate(common[: len(words.lack) - len(KINDS)]):
         words.group_of[owner] = len(KINDS) + slot
 
 
 def add_words(
     columns: Columns, words: Words, items: Sequence[Sequence[Word]], sides: Iterable[tuple[int, int]]
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Append the exact columns of words, by kind, then by slot: the sketch only adds noise to them.
 
-    Returns the mean item by kind, float64 (kinds, BUCKETS).
+    Returns the mean item by kind, float64 (kinds, BUCKETS), and how like it items usually are, (kinds,), of kinds that
+    hardly any item lacks: how to judge an item without them is not to be learned.
     """
     group_of, idf = words.group_of.cpu().numpy(), words.idf.double().cpu().numpy()
     units: list[list[dict[int, float]]] = []  # of each item, by group
@@ -125,18 +144,21 @@ def add_words(
         for mean, group in zip(means, own_units, strict=False):
             mean[[*group]] += np.array([*group.values()]) / len(items)
     common = np.array([[dot(group, mean) for mean, group in zip(means, own, strict=False)] for own in units])
+    has = np.array([[bool(group) for group in own[: len(KINDS)]] for own in units])
+    usual = common.mean(axis=0) * (has.mean(axis=0) >= MOSTLY)
     rows = [
         [
             *(overlap(a, b) for a, b in zip(units[one], units[other], strict=True)),
             *(common[one] + common[other]),
-            *(float(bool(a and b)) for a, b in zip(units[one][len(KINDS) :], units[other][len(KINDS) :], strict=True)),
+            *(float(bool(a and b)) for a, b in zip(units[one], units[other], strict=True)),
         ]
         for one, other in sides
     ]
-    found = torch.tensor(rows, dtype=torch.float64).T.split([len(words.scales), len(KINDS), len(words.lack)])
-    for list_of, part in zip((columns.likeness, columns.common, columns.both), found, strict=True):
+    slots = len(words.scales) - len(KINDS)
+    found = torch.tensor(rows, dtype=torch.float64).T.split([len(words.scales), len(KINDS), len(KINDS), slots])
+    for list_of, part in zip((columns.likeness, columns.common, columns.there, columns.both), found, strict=True):
         list_of += part
-    return torch.from_numpy(means)
+    return torch.from_numpy(means), torch.from_numpy(usual)
 
 
 def overlap(a: dict[int, float], b: dict[int, float]) -> float:

@@ -1,8 +1,9 @@
 """One tower: what an item is read by, as parts that are joined under one embedding.
 
 Each part is a vector of norm 1, or 0 where an item lacks it, times a learned scale; so q_a.q_b is the weighted sum of
-the parts' cosines. By keys: q says which value a key has, p that the key is there. Equal values add, different ones
-take away, and a key that one side lacks says nothing. Listings that are like many others are asked for more likeness.
+the parts' cosines. p says that a part is there: its usual likeness is taken away where both sides have it, so a part
+that one side lacks says nothing. Keys likewise: equal values add, different ones take away. Listings that are like many
+others are asked for more likeness.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ class Projection(nn.Module):
         self.linear = nn.Linear(width, size)
         self.scale = nn.Parameter(torch.ones(()))
         """Square root of the part's weight."""
+        self.lack = nn.Parameter(torch.zeros(()))
+        """Square root of what is taken away where both sides have the part."""
 
     def forward(self, features: Tensor) -> Tensor:
         """float (N, width), rows of 0 where there is none -> (N, size)."""
@@ -51,21 +54,24 @@ class Words(nn.Module):
         self.generic: Tensor
         self.group_of: Tensor
         self.register_buffer("idf", torch.ones(BUCKETS))
+        self.usual: Tensor
         self.register_buffer("generic", torch.zeros(BUCKETS))
         """What a word of unit weight says of how common the item is: the mean training item, weighed by kind."""
+        self.register_buffer("usual", torch.zeros(len(KINDS)))
+        """How common the words of each kind mostly are: taken away where the item has the kind."""
         groups = torch.full((len(KINDS) + BUCKETS,), -1, dtype=torch.int64)
         groups[: len(KINDS)] = torch.arange(len(KINDS))
         self.register_buffer("group_of", groups)
         """By owner: its kind, or len(KINDS) + the slot of its key; -1 where the key has none."""
         self.scales = nn.Parameter(torch.ones(len(KINDS) + slots))
         """Square roots of the weights of kinds and slots."""
-        self.lack = nn.Parameter(torch.zeros(slots))
-        """Square roots of what is taken away where both sides have a key."""
+        self.lack = nn.Parameter(torch.zeros(len(KINDS) + slots))
+        """Square roots of what is taken away where both sides have a kind or a key."""
 
     def forward(self, buckets: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """int64 (N, G) each, owners -1 where there is no word -> q's part, p's part, how common.
 
-        float (N, size), (N, slots), (N, 1).
+        float (N, size), (N, kinds + slots), (N, 1).
         """
         groups = torch.where(owners >= 0, self.group_of[owners.clamp(min=0)], -1)  # (N, G)
         place, there = groups.clamp(min=0), (groups >= 0).float()
@@ -75,8 +81,9 @@ class Words(nn.Module):
         mixed = mix(buckets)
         signed = unit * self.scales[place] * (1.0 - 2.0 * (mixed & 1))
         sketch = weight.new_zeros(len(buckets), self.size).scatter_add(1, (mixed >> 1) % self.size, signed)
-        has_key = (squares[:, len(KINDS) :] > 0).float()
-        return sketch, has_key * self.lack, (unit * self.generic[buckets]).sum(dim=1, keepdim=True)
+        has = (squares > 0).float()
+        common = (unit * self.generic[buckets]).sum(dim=1) - has[:, : len(KINDS)] @ self.usual
+        return sketch, has * self.lack, common.unsqueeze(1)
 
 
 def mix(buckets: Tensor) -> Tensor:
@@ -98,6 +105,10 @@ class OneTower(ItemModel):
         self.words = Words(sizes["words"], settings.parts.keys) if sizes["words"] else None
         self.bias = nn.Parameter(torch.zeros(2))
         """Square roots of what is taken from and added to every score."""
+
+    def projected(self) -> list[tuple[str, Projection]]:
+        """The projected parts in their order."""
+        return [(name, part) for name, part in self.projections.items() if isinstance(part, Projection)]
 
     def widths(self) -> dict[str, int]:
         """Raw numbers by part, of those that are projected."""
@@ -151,8 +162,8 @@ class OneTower(ItemModel):
         """As in ItemModel."""
         some = (*words, *raw.values())[0]
         one = torch.ones(len(some), 1, device=some.device)
-        p = [one * self.bias[0]]
-        q = [one * self.bias[1], *(projection(raw[name]) for name, projection in self.projections.items())]
+        p = [one * self.bias[0], *(raw[name].any(dim=1, keepdim=True) * part.lack for name, part in self.projected())]
+        q = [one * self.bias[1], *(part(raw[name]) for name, part in self.projected())]
         if self.words is not None:
             part, lacking, common = self.words(*words)
             # (1 + c_a)(1 + c_b) - c_a c_b = 1 + c_a + c_b: a term of each side alone.
