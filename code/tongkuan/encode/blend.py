@@ -38,9 +38,7 @@ def blend(embeddings: Mapping[str, Embeddings]) -> dict[str, Embeddings]:
             weights = np.take_along_axis(cosines, nearest, axis=1)
             weights[weights < LEAST] = 0
             blended = units[block] + (weights[:, :, None] * units[nearest]).sum(axis=1)
-            blended *= norms[block] / np.maximum(
-                np.linalg.norm(blended, axis=1, keepdims=True), np.finfo(np.float32).tiny
-            )
+            blended *= norms[block] / np.maximum(np.linalg.norm(blended, axis=1, keepdims=True), TINY)
             rows[block, q.shape[1] :] = blended
             progress.update(len(own))
     return dict(zip(embeddings, rows, strict=True))

@@ -60,11 +60,12 @@ def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], features: Mapp
     with one_thread_each(), torch.no_grad():  # how a sum is cut among threads changes its last bits
         product_of = products_of(pairs)
         products = torch.tensor([product_of[item_id] for item_id in item_ids])
+        folds = folds_of(products)
         for name, projection in tower.projected():
             has = raw[name].any(dim=1)
             columns.there.append((has[left] & has[right]).double())
             part = (raw[name], products, projection.size, name in WHITENED)
-            columns.likeness.append(cross_fitted(*part, folds_of(products), left, right))
+            columns.likeness.append(cross_fitted(*part, folds, left, right))
             set_directions(projection, *part)
         if tower.words is not None:
             words = [store.words(item_id) for item_id in item_ids]

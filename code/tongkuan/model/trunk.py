@@ -1,6 +1,7 @@
 """What every model is made of: encoders of texts and pictures, each once or twice."""
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -10,20 +11,20 @@ from torch import Tensor, nn
 Kind = Literal["text", "image"]
 
 
-class ItemModel(nn.Module):
+class ItemModel(nn.Module, ABC):
     """Encoders and what joins them: items -> embeddings [p ; q]."""
 
+    @abstractmethod
     def widths(self) -> dict[str, int]:
         """Raw numbers of an item by part, in the order of `raw`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """What is known of items before anything is joined, by part: float (N, width); inputs as in Trunk.features."""
-        raise NotImplementedError
 
+    @abstractmethod
     def joined(self, raw: Mapping[str, Tensor], *words: Tensor) -> Tensor:
         """Embeddings [p ; q], float (N, 2 x embedding_size), of what `raw` gives and encode.store.padded_words."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor, *words: Tensor) -> Tensor:
         """Embeddings [p ; q], float (N, 2 x embedding_size)."""
