@@ -110,12 +110,17 @@ def after(seconds: float) -> Callable[[Path], None]:
 
 
 def writing(count: int, seconds: float, folder: Path) -> None:
-    """Return in the midst of the count-th temporary file below a folder, or after so many seconds."""
+    """Return in the midst of a write, once so many files are or were below a folder, or after so many seconds.
+
+    Finished files count too: most writes are over before anybody looks, and a count of them alone is never reached.
+    """
     seen: set[str] = set()
     deadline = time.monotonic() + seconds
-    while len(seen) < count and time.monotonic() < deadline:
-        for path, _, names in os.walk(folder):
-            seen.update(f"{path}/{name}" for name in names if name.endswith(".part"))
+    while time.monotonic() < deadline:
+        names = [f"{path}/{name}" for path, _, found in os.walk(folder) for name in found]
+        seen.update(names)
+        if len(seen) >= count and any(name.endswith(".part") for name in names):
+            return
 
 
 def check_kills(verbs: Verbs, tmp_path: Path, writes: int, command: Callable[[Path], Words]) -> None:
@@ -131,7 +136,7 @@ def check_kills(verbs: Verbs, tmp_path: Path, writes: int, command: Callable[[Pa
         folder = tmp_path / f"broken{tries}"
         folder.mkdir()
         moment = after(draw.uniform(0, length))
-        if killed < AIMED:
+        if tries <= 2 * AIMED:
             moment = functools.partial(writing, draw.randint(1, writes), 2 * length)
         if verbs.kill(command(folder), functools.partial(moment, folder)):
             killed += 1
