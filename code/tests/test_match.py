@@ -1,5 +1,7 @@
 """The join of a whole catalogue on arrays: candidates, scores, thresholds and groups."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from tongkuan.base.metrics import best_threshold
 from tongkuan.match import candidates, groups
 from tongkuan.match.candidates import build_index, collapse, exact_neighbours, index_neighbours, recall_of, unit_rows
 from tongkuan.match.groups import facts, group
+from tongkuan.match.options import Grouping
 from tongkuan.match.scores import all_pairs, candidate_pairs, exact_scores, local_means
 from tongkuan.match.threshold import Labelled, from_labels, from_sample, warning
 from tongkuan.model.towers import pair_scores
@@ -35,8 +38,8 @@ def test_neighbours_are_those_of_a_plain_sort_by_cosine(monkeypatch: pytest.Monk
 def test_of_equal_cosines_the_lower_row_comes_first_and_a_listing_is_never_its_own_neighbour() -> None:
     embeddings = np.tile(np.eye(4, dtype=np.float32), (3, 1)) * np.repeat([1, 2, 4], 4)[:, None].astype(np.float32)
     found = exact_neighbours(embeddings, np.arange(12, dtype=np.int32), 2)
-    assert found.rows.tolist() == [[(r + 4) % 12, (r + 8) % 12] if r < 4 else sorted({r % 4, r % 4 + 4, r % 4 + 8} - {r})
-                                   for r in range(12)]  # fmt: skip
+    wanted = [[other for other in range(row % 4, 12, 4) if other != row] for row in range(12)]
+    assert found.rows.tolist() == wanted
 
 
 def test_fewer_listings_than_asked_for_leave_places_empty() -> None:
@@ -97,8 +100,7 @@ def test_candidates_of_all_listings_give_each_match_once_and_all_that_looking_at
     wanted = all_pairs(catalogue, rows, -5.0, 0.0)
     neighbours = exact_neighbours(embeddings, rows, 50)
     blocks = [candidate_pairs(catalogue, neighbours, slice(start, start + 200), -5.0, 0.0) for start in (0, 200, 400)]
-    found = [(a, b, s, c) for part in blocks
-             for a, b, s, c in zip(part.left, part.right, part.scores, part.scaled, strict=True)]  # fmt: skip
+    found = [row for part in blocks for row in zip(part.left, part.right, part.scores, part.scaled, strict=True)]
     assert sorted(found) == sorted(zip(wanted.left, wanted.right, wanted.scores, wanted.scaled, strict=True))
     assert len(found) == len({(a, b) for a, b, *_ in found}) > 500
 
@@ -172,13 +174,16 @@ def test_a_listing_with_more_than_twenty_matches_is_warned_of() -> None:
 # Groups
 
 
-def grouped(table: np.ndarray, threshold: float, grouping: groups.Grouping) -> list[int]:
+def grouped(table: np.ndarray, threshold: float, grouping: Grouping) -> list[int]:
     """Labels from a table of strengths, all above the threshold being pairs."""
     left, right = (side.astype(np.int32) for side in np.nonzero(np.triu(table > threshold, 1)))
-    found = group(
-        len(table), left, right, table[left, right], threshold, lambda rows: table[np.ix_(rows, rows)], grouping
-    )
-    return found.labels.tolist()
+    strengths = table[left, right]
+    return group(len(table), left, right, strengths, threshold, looked_up(table), grouping).labels.tolist()
+
+
+def looked_up(table: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What all pairs of some rows have in a table."""
+    return lambda rows: table[np.ix_(rows, rows)]
 
 
 def table_of(num: int, pairs: dict[tuple[int, int], float]) -> np.ndarray:
@@ -220,8 +225,8 @@ def test_groups_recover_the_planted_products() -> None:
     catalogue = catalogue_of(embeddings)
     pairs = all_pairs(catalogue, np.arange(400, dtype=np.int32), -99.0, 0.1)
     units = unit_rows(embeddings)
-    found = group(400, pairs.left, pairs.right, pairs.scaled, 0.1,
-                  lambda rows: 2 * (units[rows] @ units[rows].T) - catalogue.means[rows][:, None] - catalogue.means[rows])  # fmt: skip
+    scaled = 2 * units @ units.T - catalogue.means[:, None] - catalogue.means
+    found = group(400, pairs.left, pairs.right, pairs.scaled, 0.1, looked_up(scaled))
     same = products[:, None] == products
     called = found.labels[:, None] == found.labels
     assert (same & called).sum() > 0.95 * max(same.sum(), called.sum())
@@ -231,9 +236,7 @@ def test_facts_count_copies_and_name_the_weakest_score() -> None:
     """Listings 0 and 1 match, 1 and 2 do not; 0 stands for three copies; 3 stands for two of its own; 4 is alone."""
     scores = np.array([[9, 5, 2, 0, 0], [5, 8, 1, 0, 0], [2, 1, 7, 0, 0], [0, 0, 0, 6, 0], [0, 0, 0, 0, 5.0]])
     left, right = np.array([0, 0], np.int32), np.array([1, 2], np.int32)
-    found = facts(
-        np.array([0, 0, 0, 3, 4]), np.array([3, 1, 1, 2, 1]), left, right, lambda rows: scores[np.ix_(rows, rows)]
-    )
+    found = facts(np.array([0, 0, 0, 3, 4]), np.array([3, 1, 1, 2, 1]), left, right, looked_up(scores))
     assert found.sizes.tolist() == [5, 5, 5, 2, 1]
     assert found.densities.tolist() == [0.9, 0.9, 0.9, 1.0, 1.0]  # 3 among copies, 3 + 3 with them, 9 of 10
     assert found.weakest[:4].tolist() == [1, 1, 1, 6] and np.isnan(found.weakest[4])

@@ -35,6 +35,22 @@ its parts .zip.partaa, .zip.partab and so on, which are joined into the .zip.
 
 """
 
+MATCH = """\
+Cut short, the same command goes on. Two listings match when the model's score is above
+its threshold and their scaled cosine above T: 2 cos(a, b) - m(a) - m(b), where m is the
+mean cosine of a listing with its ten nearest. auto takes T from labelled pairs of the
+split, else of valid, else from how many pairs of a sample pass.
+
+  DIR/embeddings/part-*.parquet   item_id, category, norm, e = [p ; q]
+  DIR/pairs/part-*.parquet        left < right, score, cosine, scaled
+  DIR/groups.parquet              item_id, group_id, size, density, weakest score
+  DIR/manifest.json               what made them, and the recall as measured
+
+Listings of bit-identical embeddings stand for one: the first is in the pairs, each other
+is paired with it.
+
+"""
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -230,6 +246,33 @@ VERBS = {
         "tongkuan.report.explain:explain",
         outputs=("out",),
     ),
+    "match run": Verb(
+        "which of all listings of a split are the same product",
+        f"match run {DEMO_DATA} {DEMO_MODEL} --out runs/mine/match",
+        (
+            opt.DATA,
+            opt.SPLIT,
+            opt.MODEL,
+            opt.OUT.but("its files", metavar="DIR", parameter="out_dir", default=Path("match")),
+            opt.WITHIN,
+            opt.CANDIDATES,
+            opt.SCALED,
+            opt.RECALL,
+            opt.ENGINE,
+            opt.GROUPS,
+            opt.PARTITION_SIZE,
+            opt.PRECISION,
+            opt.ENCODE_BATCH,
+            opt.NPROC,
+            opt.DRY_RUN,
+        ),
+        "tongkuan.match.run:match_run",
+        instead={"dry_run": "tongkuan.dryrun:dry_run_matching"},
+        derived={"options": "tongkuan.match.options:Options"},
+        outputs=("out_dir",),
+        has_ranks=True,
+        more=MATCH,
+    ),
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
         "demo --run runs/quick --products 60 train.steps=100",
@@ -278,8 +321,10 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    given = vars(parser_of(argv[0]).parse_intermixed_args(argv[1:]))
-    verb = VERBS[argv[0]]
+    words = 2 if " ".join(argv[:2]) in VERBS else 1
+    name = " ".join(argv[:words])
+    given = vars(parser_of(name).parse_intermixed_args(argv[words:]))
+    verb = VERBS[name]
     if written := {name: given[name] for name in verb.outputs if given[name] is not None}:
         folders = [path for name, path in written.items() if name.endswith("_dir")]
         files = [path for name, path in written.items() if not name.endswith("_dir")]

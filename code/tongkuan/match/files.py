@@ -5,7 +5,7 @@ that is damaged or was made of something else is made anew.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tongkuan.base.errors import FailureError
 from tongkuan.base.files import publish
 
 MADE_OF = b"tongkuan.made_of"
@@ -56,13 +57,10 @@ class Folder:
                 path.unlink()
 
 
-def table_of(path: Path, made_of: str, make: Callable[[], Mapping[str, Any]]) -> pa.Table:
-    """The table of a file that was made of this; else `make`s its columns, and writes it first."""
+def made_table(path: Path, made_of: str) -> pa.Table:
+    """The table of a file that has just been written or found."""
     if (table := read_table(path, made_of)) is None:
-        write_table(path, make(), made_of)
-        table = read_table(path, made_of)
-        if table is None:
-            raise RuntimeError(f"{path}: reads back otherwise than it was written; check the disk")
+        raise FailureError(f"{path}: reads back otherwise than it was written; check the disk and run it again")
     return table
 
 
@@ -94,17 +92,9 @@ def read_table(path: Path, made_of: str) -> pa.Table | None:
         return None
 
 
-def is_made(path: Path, made_of: str) -> bool:
-    """Whether a file was made of this, going by its head."""
-    try:
-        return (pq.read_schema(path).metadata or {}).get(MADE_OF) == made_of.encode()
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def about(table: pa.Table) -> dict[str, Any]:
+def about(path: Path) -> dict[str, Any]:
     """What a file says beside its columns."""
-    found: dict[str, Any] = orjson.loads(table.schema.metadata[ABOUT])
+    found: dict[str, Any] = orjson.loads(pq.read_schema(path).metadata[ABOUT])
     return found
 
 

@@ -7,7 +7,6 @@ is); pairs that are no candidates are computed. Arrays in, arrays out; P pairs o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,9 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
 
 from tongkuan.match.candidates import Rows
+from tongkuan.match.options import Grouping
 from tongkuan.match.scores import Numbers
 
-Grouping = Literal["average", "strict"]
 Labels = NDArray[np.int64]
 METHODS = {"average": "average", "strict": "complete"}
 MOST = 2000  # listings of a component that linkage is asked about: its table grows with the square
