@@ -65,11 +65,9 @@ def measure(num_listings: int, half: int, p_length: float, k: int, recall: float
     started, wall = cpu(), time.perf_counter()
 
     def note(what: str) -> None:
+        spent = f"cpu {cpu() - started:7.1f} s  wall {time.perf_counter() - wall:7.1f} s"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"{what:<60} cpu {cpu() - started:7.1f} s  wall {time.perf_counter() - wall:7.1f} s  {peak:.2f} GiB",
-            flush=True,
-        )
+        print(f"{what:<66} {spent}  {peak:.2f} GiB", flush=True)
 
     if engine == "faiss":
         index = build_index(embeddings, k, recall)
@@ -79,18 +77,15 @@ def measure(num_listings: int, half: int, p_length: float, k: int, recall: float
         neighbours = exact_neighbours(embeddings, rows, k)
     note("neighbours")
     catalogue = Catalogue(embeddings, local_means(neighbours), np.zeros_like(rows))
-    sample = np.sort(np.random.default_rng(0).choice(num_listings, min(SAMPLE, num_listings), replace=False)).astype(
-        np.int32
-    )
+    sample = np.random.default_rng(0).choice(rows, min(SAMPLE, num_listings), replace=False)
     threshold = from_sample(all_pairs(catalogue, sample, floor, 0.0, is_upper=False).scaled, len(sample)).value
     found = candidate_pairs(catalogue, neighbours, slice(0, num_listings), floor, threshold)
     note(f"{len(found):,} pairs above {threshold:.4f}")
     wanted = all_pairs(catalogue, sample, floor, threshold, is_upper=False)
     is_true = products[wanted.left] == products[wanted.right]
     hits = np.isin(keys(wanted), keys(found))
-    note(
-        f"sample held against all: {len(wanted):,} pairs, found {hits.mean():.4f}, planted ones {hits[is_true].mean():.4f}"
-    )
+    shares = f"found {hits.mean():.4f}, planted ones {hits[is_true].mean():.4f}"
+    note(f"sample held against all: {len(wanted):,} pairs, {shares}")
 
 
 def main() -> None:

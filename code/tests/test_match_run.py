@@ -201,6 +201,17 @@ def test_the_threshold_says_where_it_comes_from(
     assert not (tmp_path / "none" / "labelled").exists() and (tmp_path / "valid" / "labelled").exists()
 
 
+def test_blank_pictures_are_told_of_whether_or_not_they_were_looked_at_now(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_data(tmp_path / "data")
+    (data / "images" / "test-2-1.png").unlink()
+    for _ in range(2):
+        manifest = match(data, model, tmp_path / "out") / "manifest.json"
+        assert json.loads(manifest.read_bytes())["blank_pictures"] == ["test-2-1.png"]
+        assert "count as blank, first 'test-2-1.png'" in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     match(data, model, tmp_path / "out", "--dry-run")
     out = capsys.readouterr().out
@@ -215,9 +226,9 @@ def test_errors_are_one_line(data: Path, model: Path, tmp_path: Path) -> None:
     assert "is read here" in error_of(*words, data)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "item_test_info.jsonl").write_text("")
-    assert "no items" in error_of(
-        "match", "run", "--data", tmp_path / "data", "--model", model, "--out", tmp_path / "o"
-    )
+    empty = ("match", "run", "--data", tmp_path / "data", "--model", model, "--out", tmp_path / "out")
+    assert "no items" in error_of(*empty)
+    assert not (tmp_path / "out" / "embeddings").exists()
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tongkuan.encode.encode import Embeddings
-from tongkuan.match.candidates import NEAREST, Rows, exact_neighbours
-from tongkuan.match.scores import Catalogue, Numbers, exact_cosines, exact_scores
+from tongkuan.match.candidates import NEAREST, exact_neighbours
+from tongkuan.match.scores import Catalogue, Numbers, exact_cosines, exact_scores, local_means
 from tongkuan.match.threshold import REJECTED, Labelled
 from tongkuan.records.items import Item, Pair, components, item_file, pair_file, read_items, read_pairs
 from tongkuan.records.labels import pair_key
@@ -72,11 +73,9 @@ def chosen(split: str, items: dict[str, Item], pairs: Sequence[Pair]) -> Labelle
 
 def means_among(catalogue: Catalogue, embeddings: Embeddings) -> Numbers:
     """How dense it is about listings that are not in the catalogue, but among it and each other: (M,)."""
-    k, count = NEAREST, len(catalogue.embeddings)
+    count = len(catalogue.embeddings)
     both = np.concatenate([catalogue.embeddings, embeddings])
-    found = exact_neighbours(both, np.arange(count, len(both), dtype=np.int32), k)
-    means: Numbers = np.where(np.isfinite(found.cosines), found.cosines, 0).astype(np.float64).sum(axis=1)
-    return means / np.maximum(np.isfinite(found.cosines).sum(axis=1), 1)
+    return local_means(exact_neighbours(both, np.arange(count, len(both), dtype=np.int32), NEAREST))
 
 
 def labelled_pairs(items: LabelledItems, embeddings: Embeddings, means: Numbers, score_floor: float) -> Labelled:
@@ -95,7 +94,7 @@ def labelled_pairs(items: LabelledItems, embeddings: Embeddings, means: Numbers,
     return Labelled(scaled, same, asked[left, right], count)
 
 
-def rows_of(items: LabelledItems, item_ids: Sequence[str], numbers: Rows) -> Rows:
+def rows_of(items: LabelledItems, item_ids: Sequence[str], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """The catalogue's distinct row of each labelled listing; `numbers` (N,) are the rows of `item_ids`."""
     place = {item_id: number for number, item_id in enumerate(item_ids)}
     return numbers[[place[item_id] for item_id in items.item_ids]]

@@ -55,7 +55,7 @@ class Listings:
             told_apart = np.hstack([embeddings, codes.view(np.float32)[:, None]])
         firsts, numbers = collapse(told_apart)
         distinct = embeddings if len(firsts) == len(embeddings) else embeddings[firsts]
-        return cls(item_ids, distinct, codes[firsts], firsts, numbers)
+        return cls(item_ids, distinct, codes[firsts].astype(np.int32), firsts, numbers)
 
     @property
     def copies(self) -> NDArray[np.int64]:
