@@ -108,32 +108,12 @@ PAIR = Option(
 # At most the pixels of a picture, which the model knows.
 GRID = Option("--grid", "grid", "N", "N x N patches of a picture", 8, Whole(1, 4096))
 DRY_RUN = switch("--dry-run", "dry_run", "only report counts, memory and, by a probe, time")
-WITHIN = Option(
-    "--within", "within", None, "compare listings of the same only", "none", str, {"choices": ("none", "category")}
-)
+WITHIN = Option("--within", "within", "W", "none, or category", "none", str, {"choices": ("none", "category")})
 CANDIDATES = Option("--candidates", "candidates", "N", "nearest of a listing to score", 50, Whole(1, 1000))
-SCALED = Option("--threshold", "threshold", "T", "of scaled cosines, or auto", "auto", real_or_auto)
-RECALL = Option("--recall", "recall", "R", "of neighbours, that an index must reach", 0.99, Real(above=0, most=1))
-ENGINE = Option(
-    "--engine",
-    "engine",
-    None,
-    "exact: every pair; faiss: an index; auto: exact search while that is quick",
-    "auto",
-    str,
-    {"choices": ("auto", "exact", "faiss")},
-)
-GROUPS = Option(
-    "--groups",
-    "groups",
-    None,
-    "what must match: the average pair, or strictly each",
-    "average",
-    str,
-    {"choices": ("average", "strict")},
-)
-PARTITION_SIZE = Option(
-    "--partition-size", "partition_size", "N", "listings a file; a kill costs one", 100_000, Whole(1, 10_000_000)
-)
+SCALED = Option("--threshold", "threshold", "T", "auto: by labels, if any", "auto", real_or_auto)
+RECALL = Option("--recall", "recall", "R", "of neighbours, for an index", 0.99, Real(above=0, most=1))
+ENGINE = Option("--engine", "engine", "E", "exact, faiss or auto", "auto", str, {"choices": ("auto", "exact", "faiss")})
+GROUPS = Option("--groups", "groups", "G", "average, or strict", "average", str, {"choices": ("average", "strict")})
+PARTITION_SIZE = Option("--partition-size", "partition_size", "N", "listings a file", 100_000, Whole(1, 10_000_000))
 # Of the verbs that encode all items of a split.
 ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

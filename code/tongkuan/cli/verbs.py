@@ -36,18 +36,7 @@ its parts .zip.partaa, .zip.partab and so on, which are joined into the .zip.
 """
 
 MATCH = """\
-Cut short, the same command goes on. Two listings match when the model's score is above
-its threshold and their scaled cosine above T: 2 cos(a, b) - m(a) - m(b), where m is the
-mean cosine of a listing with its ten nearest. auto takes T from labelled pairs of the
-split, else of valid, else from how many pairs of a sample pass.
-
-  DIR/embeddings/part-*.parquet   item_id, category, norm, e = [p ; q]
-  DIR/pairs/part-*.parquet        left < right, score, cosine, scaled
-  DIR/groups.parquet              item_id, group_id, size, density, weakest score
-  DIR/manifest.json               what made them, and the recall as measured
-
-Listings of bit-identical embeddings stand for one: the first is in the pairs, each other
-is paired with it.
+A match: score above the model's threshold, 2 cos(a, b) - m(a) - m(b) above T; m: mean of 10 nearest.
 
 """
 
@@ -247,7 +236,7 @@ VERBS = {
         outputs=("out",),
     ),
     "match run": Verb(
-        "which of all listings of a split are the same product",
+        "which of all listings are the same product; the same command resumes",
         f"match run {DEMO_DATA} {DEMO_MODEL} --out runs/mine/match",
         (
             opt.DATA,

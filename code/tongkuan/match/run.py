@@ -2,6 +2,14 @@
 
 `./entrypoint.sh match run --data data --split test --model weights/model.safetensors --out match`
 
+    embeddings/part-NNNNNN.parquet  item_id, category, norm, e = [p ; q]
+    neighbours/part-NNNNNN.parquet  of each distinct listing the nearest by cosine, by number
+    labelled/part-NNNNNN.parquet    embeddings of labelled listings of valid, if the threshold is chosen on those
+    pairs/part-NNNNNN.parquet       left < right, score, cosine, scaled cosine of what matches
+    groups.parquet                  item_id, group_id (its smallest item_id), size, density, weakest score
+    manifest.json                   what made them, and the recall as measured
+
+Listings of bit-identical embeddings are one: pairs name the first of them, with which each other is paired.
 Partition by partition: a killed run goes on from those that are there, and ends with the bytes of one never killed.
 """
 
@@ -150,8 +158,8 @@ def choose(
         rows = join.sample()
         return from_sample(all_pairs(join.catalogue, rows, score_floor, 0.0, is_upper=False).scaled, len(rows))
     if also is None:
-        rows = calibrate.rows_of(labelled, join.listings.item_ids, join.listings.numbers)
-        embeddings, means = join.catalogue.embeddings[rows], join.catalogue.means[rows]
+        own = calibrate.rows_of(labelled, join.listings.item_ids, join.listings.numbers)
+        embeddings, means = join.catalogue.embeddings[own], join.catalogue.means[own]
     else:
         width = join.catalogue.embeddings.shape[1]
         embeddings = load(folder, LABELLED, also, len(labelled.item_ids), width)
