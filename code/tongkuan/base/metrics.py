@@ -55,8 +55,10 @@ def quality_at(scores: Scores, labels: Labels, threshold: float | Scores) -> Qua
     )
 
 
-def best_threshold(scores: Scores, labels: Labels) -> tuple[float, float]:
+def best_threshold(scores: Scores, labels: Labels, weights: Scores | None = None) -> tuple[float, float]:
     """(threshold, F1) of the highest F1 over every distinct way to cut, "all same" and "none same" included.
+
+    A pair counts `weights` (N,) times, once without them.
 
     Ties in score are never split. A cut lies midway between neighbouring scores, so that rounding the last digit
     of a score does not change a verdict, or on the lower one where no double lies between; it is finite, as the
@@ -67,9 +69,10 @@ def best_threshold(scores: Scores, labels: Labels) -> tuple[float, float]:
     order = np.argsort(-scores, kind="stable")
     sorted_scores, sorted_labels = scores[order], labels[order]
     last_of_score = np.append(np.flatnonzero(sorted_scores[1:] != sorted_scores[:-1]), len(scores) - 1)
-    called = last_of_score + 1
-    true_positives = np.cumsum(sorted_labels)[last_of_score]
-    f1 = 2 * true_positives / np.maximum(called + labels.sum(), 1)  # 2TP + FP + FN = called + positives
+    counts = np.ones_like(sorted_labels) if weights is None else weights[order]
+    called = np.cumsum(counts)[last_of_score]
+    true_positives = np.cumsum(sorted_labels * counts)[last_of_score]
+    f1 = 2 * true_positives / np.maximum(called + true_positives[-1], 1)  # 2TP + FP + FN = called + positives
     distinct = sorted_scores[last_of_score]
     with np.errstate(over="ignore", invalid="ignore"):
         # Where a step of 1 is lost in rounding, the next double; below the least double nothing is finite.

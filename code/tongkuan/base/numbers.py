@@ -28,14 +28,16 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Real:
-    """An argparse type: a finite number, above `above`."""
+    """An argparse type: a finite number, above `above` and at most `most`."""
 
     above: float = -math.inf
+    most: float = math.inf
 
     def __call__(self, text: str) -> float:
-        if REAL.fullmatch(text) and self.above < (number := float(text)) < math.inf:
+        if REAL.fullmatch(text) and self.above < (number := float(text)) < math.inf and number <= self.most:
             return number
         bound = f" above {self.above:g}" if math.isfinite(self.above) else ""
+        bound += f" up to {self.most:g}" if math.isfinite(self.most) else ""
         raise argparse.ArgumentTypeError(f"{clip(text)} is no finite number{bound}; write it as 0.5 or 1e-3")
 
 

@@ -16,7 +16,7 @@ SHORTAGE = {
     "or train.precision=bf16",
     "predict": "lower --encode-batch, or start fewer ranks with --nproc",
 }
-SAME_ADVICE = {"demo": "train", "evaluate": "predict", "verify": "predict"}
+SAME_ADVICE = {"demo": "train", "evaluate": "predict", "verify": "predict", "match": "predict"}
 
 
 def run() -> int:

@@ -75,6 +75,11 @@ def switch(name: str, parameter: str, help: str) -> Option:
     return Option(name, parameter, None, help, type=None, more={"action": "store_true"})
 
 
+def real_or_auto(text: str) -> float | None:
+    """An argparse type: a finite number, or None for `auto`."""
+    return None if text == "auto" else Real()(text)
+
+
 RAW = Option("--raw", "raw_dir", "DIR", "to fill", Path("data/raw"))
 DATA = Option("--data", "data_dir", "DIR", "item files and images/", Path("data"))
 SPLIT = Option("--split", "split", "S", "which item files", "test", str)
@@ -104,5 +109,12 @@ PAIR = Option(
 GRID = Option("--grid", "grid", "N", "N x N patches of a picture", 8, Whole(1, 4096))
 BLEND = switch("--blend", "blended", "move each item towards its nearest neighbours among the split's; see accuracy.md")
 DRY_RUN = switch("--dry-run", "dry_run", "only report counts, memory and, by a probe, time")
+WITHIN = Option("--within", "within", "W", "none, or category", "none", str, {"choices": ("none", "category")})
+CANDIDATES = Option("--candidates", "candidates", "N", "nearest of a listing to score", 50, Whole(1, 1000))
+SCALED = Option("--threshold", "threshold", "T", "auto: by labels, if any", "auto", real_or_auto)
+RECALL = Option("--recall", "recall", "R", "of neighbours, for an index", 0.99, Real(above=0, most=1))
+ENGINE = Option("--engine", "engine", "E", "exact, faiss or auto", "auto", str, {"choices": ("auto", "exact", "faiss")})
+GROUPS = Option("--groups", "groups", "G", "average, or strict", "average", str, {"choices": ("average", "strict")})
+PARTITION_SIZE = Option("--partition-size", "partition_size", "N", "listings a file", 100_000, Whole(1, 10_000_000))
 # Of the verbs that encode all items of a split.
 ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

@@ -35,6 +35,11 @@ its parts .zip.partaa, .zip.partab and so on, which are joined into the .zip.
 
 """
 
+MATCH = """\
+A match: score above the model's threshold, 2 cos(a, b) - m(a) - m(b) above T; m: mean of 10 nearest.
+
+"""
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -230,6 +235,33 @@ VERBS = {
         "tongkuan.report.explain:explain",
         outputs=("out",),
     ),
+    "match run": Verb(
+        "which of all listings are the same product; the same command resumes",
+        f"match run {DEMO_DATA} {DEMO_MODEL} --out runs/mine/match",
+        (
+            opt.DATA,
+            opt.SPLIT,
+            opt.MODEL,
+            opt.OUT.but("its files", metavar="DIR", parameter="out_dir", default=Path("match")),
+            opt.WITHIN,
+            opt.CANDIDATES,
+            opt.SCALED,
+            opt.RECALL,
+            opt.ENGINE,
+            opt.GROUPS,
+            opt.PARTITION_SIZE,
+            opt.PRECISION,
+            opt.ENCODE_BATCH,
+            opt.NPROC,
+            opt.DRY_RUN,
+        ),
+        "tongkuan.match.run:match_run",
+        instead={"dry_run": "tongkuan.dryrun:dry_run_matching"},
+        derived={"options": "tongkuan.match.options:Options"},
+        outputs=("out_dir",),
+        has_ranks=True,
+        more=MATCH,
+    ),
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
         "demo --run runs/quick --products 60 train.steps=100",
@@ -278,8 +310,10 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    given = vars(parser_of(argv[0]).parse_intermixed_args(argv[1:]))
-    verb = VERBS[argv[0]]
+    words = 2 if " ".join(argv[:2]) in VERBS else 1
+    name = " ".join(argv[:words])
+    given = vars(parser_of(name).parse_intermixed_args(argv[words:]))
+    verb = VERBS[name]
     if written := {name: given[name] for name in verb.outputs if given[name] is not None}:
         folders = [path for name, path in written.items() if name.endswith("_dir")]
         files = [path for name, path in written.items() if not name.endswith("_dir")]

@@ -1,6 +1,6 @@
 """What every verb that runs a trained model begins with: model, items and pairs read, ranks joined."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +31,11 @@ def read_labelled_pairs(path: Path, items: Mapping[str, Item], items_path: Path)
     return read_pairs(path, items, items_path=items_path)
 
 
+def read_no_pairs(_path: Path, _items: Mapping[str, Item], _items_path: Path) -> list[Pair]:
+    """None, of a verb that is about items alone: no file of pairs need be there."""
+    return []
+
+
 @dataclass
 class Inference:
     """A model and the pairs of a split that it is to score, the same on every rank."""
@@ -53,16 +58,23 @@ class Inference:
         """Of all pairs, each once."""
         return distinct_items(self.pairs)
 
-    def encode(self, label: str, precision: Precision | None = None) -> dict[str, Embeddings]:
-        """Embeddings [p ; q] float32 (2D,) of every item, by id, on every rank; `label` stands at the progress bar.
+    def encode(
+        self,
+        label: str,
+        precision: Precision | None = None,
+        item_ids: Sequence[str] | None = None,
+        store: ItemStore | None = None,
+    ) -> dict[str, Embeddings]:
+        """Embeddings [p ; q] float32 (2D,) of the pairs' or the given items, by id, on every rank.
 
-        Another precision than the run's own must be asked for first: weights that are halved stay so.
+        `label` stands at the progress bar; `store` has the items when they are of another split. Another precision than
+        the run's own must be asked for first: weights that are halved stay so.
         """
         precision = precision or self.precision
         prepare(self.model, self.ranks.device, precision)
         self.caches[precision] = open_cache(self.cache_dir, self.files["model"], precision, self.ranks.device)
-        cache = self.caches[precision]
-        return encode(self.model, self.store, self.item_ids, self.settings, self.ranks, precision, label, cache)
+        cache, ids = self.caches[precision], self.item_ids if item_ids is None else item_ids
+        return encode(self.model, store or self.store, ids, self.settings, self.ranks, precision, label, cache)
 
 
 @contextmanager

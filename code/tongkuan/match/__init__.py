@@ -1,0 +1,1 @@
+"""A whole catalogue: which of its listings are the same product?"""

@@ -1,0 +1,158 @@
+"""Candidates: for each listing the k others whose embeddings [p ; q] have the largest cosine with its own.
+
+By cosine and not by score, for two reasons. The score is no metric: listings with a large q are everybody's
+neighbours, often nearer to a listing than that listing is to itself, and an index of inner products misses true mates.
+And of all true pairs that the score accepts, the 50 nearest by cosine hold all but a few in a thousand.
+
+Arrays in, arrays out: no file, no model. Embeddings are float32 (N, 2D); rows are int32 and -1 where there is none.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from tongkuan.base.machine import available_cores
+from tongkuan.encode.encode import Embeddings
+from tongkuan.encode.store import prefetch
+
+Rows = NDArray[np.int32]
+NEAREST = 10  # neighbours whose mean cosine says how dense it is about a listing
+SEED = 0
+SAMPLE = 1000  # rows on which the recall of an index is measured
+QUERIES, BASE = 8192, 65_536  # rows of a block of queries and of what they are held against
+LISTS = 4  # times the square root of N, lists of an index: with one times, recall falls and the work grows
+FIRST_PROBES = 8  # lists that are looked into at first
+TRAINED_ON = 64  # rows a list
+ITERATIONS = 10  # of k-means
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Of each of Q listings its nearest, by falling cosine, of equal cosines the lower row first; itself never."""
+
+    cosines: NDArray[np.float32]
+    """(Q, k), -inf where there is none."""
+    rows: Rows
+    """(Q, k)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Inverted lists of unit vectors, and how well they find what an exact search finds."""
+
+    lists: faiss.IndexIVFFlat
+    probes: int
+    recall: float
+    """On a sample, of the neighbours that are nearer than the NEAREST of the listing on average."""
+
+
+def collapse(embeddings: Embeddings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rows of the distinct embeddings (M,), for each row the number among them (N,)), in the order of first rows.
+
+    Thousands of identical listings would fill each other's k places, and hide what else is near.
+    """
+    width = embeddings.shape[1] * embeddings.itemsize
+    whole = np.ascontiguousarray(embeddings).view(np.dtype((np.void, width))).ravel()
+    _, firsts, numbers = np.unique(whole, return_index=True, return_inverse=True)
+    order = np.argsort(firsts)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return firsts[order], place[numbers.ravel()]
+
+
+def unit_rows(embeddings: Embeddings) -> Embeddings:
+    """Each row at length 1; a row of zeros stays as it is."""
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return np.divide(embeddings, np.where(lengths > 0, lengths, 1), dtype=np.float32)
+
+
+def exact_neighbours(embeddings: Embeddings, queries: Rows, k: int) -> Neighbours:
+    """The k nearest of each row in `queries` among all rows, found by looking at all of them."""
+
+    def search(rows: Rows) -> Neighbours:
+        faiss.omp_set_num_threads(1)  # of this thread: sums cut otherwise would end in other bits
+        units = unit_rows(embeddings[rows])
+        found = Neighbours(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int32))
+        for start in range(0, len(embeddings), BASE):
+            base = unit_rows(embeddings[start : start + BASE])
+            cosines, places = faiss.knn(units, base, min(k + 1, len(base)), metric=faiss.METRIC_INNER_PRODUCT)
+            both = np.hstack([found.cosines, cosines]), np.hstack([found.rows, places.astype(np.int32) + start])
+            found = nearest(*both, rows, k)
+        return found
+
+    return joined(search, queries, k)
+
+
+def build_index(embeddings: Embeddings, k: int, recall: float, seed: int = SEED) -> Index:
+    """An index whose recall of a sample's neighbours is at least `recall`: probes are doubled until it is so."""
+    faiss.omp_set_num_threads(available_cores())
+    count, width = embeddings.shape
+    num_lists = max(1, min(round(LISTS * math.sqrt(count)), count))
+    lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_lists, faiss.METRIC_INNER_PRODUCT)
+    lists.cp.spherical, lists.cp.niter, lists.cp.seed = True, ITERATIONS, seed
+    lists.cp.min_points_per_centroid, lists.cp.max_points_per_centroid = 1, TRAINED_ON
+    generator = np.random.default_rng(seed)
+    chosen = generator.choice(count, min(count, TRAINED_ON * num_lists), replace=False)
+    lists.train(unit_rows(embeddings[np.sort(chosen)]))
+    for start in range(0, count, BASE):
+        lists.add(unit_rows(embeddings[start : start + BASE]))
+    sample = np.sort(generator.choice(count, min(count, SAMPLE), replace=False)).astype(np.int32)
+    wanted, probes = exact_neighbours(embeddings, sample, k), FIRST_PROBES
+    while True:
+        probes = min(probes, num_lists)
+        index = Index(lists, probes, 1.0)
+        measured = recall_of(index_neighbours(embeddings, index, sample, k), wanted)
+        if measured >= recall or probes == num_lists:
+            return Index(lists, probes, measured)
+        probes *= 2
+
+
+def index_neighbours(embeddings: Embeddings, index: Index, queries: Rows, k: int) -> Neighbours:
+    """As exact_neighbours, but only what the index finds."""
+    parameters = faiss.SearchParametersIVF()
+    parameters.nprobe = index.probes
+
+    def search(rows: Rows) -> Neighbours:
+        faiss.omp_set_num_threads(1)
+        cosines, places = index.lists.search(unit_rows(embeddings[rows]), k + 1, params=parameters)
+        return nearest(cosines, places.astype(np.int32), rows, k)
+
+    return joined(search, queries, k)
+
+
+def nearest(cosines: NDArray[np.float32], found: Rows, queries: Rows, k: int) -> Neighbours:
+    """The k first of what was found for each query (Q, n), itself left out; fewer when there are no more."""
+    none = (found < 0) | (found == queries[:, None])
+    cosines = np.where(none, np.float32(-np.inf), cosines)
+    order = np.lexsort((found, -cosines, none), axis=1)[:, :k]
+    rows = np.where(none, np.int32(-1), found)
+    return Neighbours(np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1))
+
+
+def joined(search: Callable[[Rows], Neighbours], queries: Rows, k: int) -> Neighbours:
+    """What `search` finds, block by block, a thread a core; with k columns whatever there is."""
+    cosines = np.full((len(queries), k), -np.inf, np.float32)
+    rows = np.full((len(queries), k), -1, np.int32)
+    blocks = [slice(start, start + QUERIES) for start in range(0, len(queries), QUERIES)]
+    parts: Iterator[Neighbours] = prefetch((queries[block] for block in blocks), search, available_cores())
+    for block, part in zip(blocks, parts, strict=True):
+        width = part.rows.shape[1]
+        cosines[block, :width], rows[block, :width] = part.cosines, part.rows
+    return Neighbours(cosines, rows)
+
+
+def recall_of(found: Neighbours, wanted: Neighbours) -> float:
+    """Share of the wanted neighbours that were found, of those nearer than the NEAREST on average: 0 to 1.
+
+    The rest of the k are the background of a listing, which no match comes of.
+    """
+    first = wanted.cosines[:, :NEAREST]
+    mean = np.where(np.isfinite(first), first, 0).sum(axis=1) / np.maximum(np.isfinite(first).sum(axis=1), 1)
+    near = wanted.cosines >= mean[:, None]
+    places = np.arange(len(near), dtype=np.int64)[:, None] << 32  # so that each pair is one number
+    hits = np.isin((places + wanted.rows)[near], places + found.rows).sum()
+    return float(hits) / max(int(near.sum()), 1)
