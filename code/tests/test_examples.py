@@ -50,6 +50,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train --preset demo --data runs/demo/data --run runs/demo/train "
             "--model runs/demo/weights/model.safetensors train.steps=20",
             "predict --data runs/demo/data --model runs/demo/weights/model.safetensors --submit runs/demo/submit",
+            "match run --data runs/demo/data --model runs/demo/weights/model.safetensors --out runs/demo/match",
         ):
             type_in(f"{ENTRYPOINT} {words}")
     return top

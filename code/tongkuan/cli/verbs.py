@@ -262,6 +262,12 @@ VERBS = {
         has_ranks=True,
         more=MATCH,
     ),
+    "match score": Verb(
+        "F1 of a catalogue's groups by labelled pairs",
+        f"match score --out runs/demo/match {ANSWERS}",
+        (opt.OUT.but("of match run", metavar="DIR", parameter="out_dir", default=Path("match")), opt.PAIRS),
+        "tongkuan.match.score:match_score",
+    ),
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
         "demo --run runs/quick --products 60 train.steps=100",
