@@ -11,6 +11,7 @@
 
 Listings of bit-identical embeddings are one: pairs name the first of them, with which each other is paired.
 Partition by partition: a killed run goes on from those that are there, and ends with the bytes of one never killed.
+Many machines: `--partitions` or `--ray`, see docs/cluster.md.
 """
 
 from collections.abc import Iterator
