@@ -1,6 +1,8 @@
 """Partitions worked on by other machines: what travels, what comes back, and what such a machine refuses."""
 
 import pickle
+import signal
+import socket
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,8 @@ from test_main import error_of
 from test_match_run import match
 from worlds import make_data, read_jsonl, snapshot, write_jsonl
 
-from tongkuan.base.errors import FailureError
+from tongkuan.base.errors import FailureError, UserError
+from tongkuan.cli.exits import stop
 from tongkuan.match import cluster, run
 from tongkuan.match.machines import EncodedPart, Part
 from tongkuan.match.ship import Encoder, Shipment
@@ -95,7 +98,7 @@ class FakeRay:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.most, self.running = error, 0, 0
-        self.exceptions = SimpleNamespace(RayTaskError=TaskError, RayError=LostNodeError)
+        self.exceptions = SimpleNamespace(RayTaskError=TaskError, RayError=LostNodeError, RaySystemError=ImportError)
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 1.0}}]
@@ -141,11 +144,26 @@ def test_a_cluster_is_given_no_more_at_a_time_than_it_has_room_for_and_one() -> 
 
 
 def test_what_ends_a_task_ends_the_run_with_the_same_error() -> None:
-    cause = ValueError("of the task")
     with pytest.raises(ValueError, match="of the task"):
+        list(cluster.Cluster(FakeRay(TaskError(ValueError("of the task")))).each(abs, [1]))
+    cause = ImportError("No module named 'tongkuan'\nand more")
+    with pytest.raises(UserError, match="a node cannot run this program .*; install the same on all nodes"):
         list(cluster.Cluster(FakeRay(TaskError(cause))).each(abs, [1]))
     with pytest.raises(FailureError, match=r"lost 6 times \('the node died'\); the same command goes on"):
         list(cluster.Cluster(FakeRay(LostNodeError("the node died\nand more"))).each(abs, [1]))
+
+
+def test_a_request_to_stop_keeps_its_exit_code_though_ray_makes_it_another() -> None:
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit) as caught, cluster.stopped_as(stop):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except SystemExit:
+                sys.exit(1)  # as Ray does
+        assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_without_ray_or_with_ranks_of_this_machine_a_line_says_what_to_do(
@@ -157,6 +175,11 @@ def test_without_ray_or_with_ranks_of_this_machine_a_line_says_what_to_do(
     monkeypatch.setitem(sys.modules, "ray", None)
     line = error_of(*words, "localhost:6379")
     assert line.endswith(f"-m pip install {cluster.RAY}")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        line = error_of(*words, f"127.0.0.1:{closed.getsockname()[1]}")
+    assert "cannot join a Ray cluster there" in line and "refused" in line
     assert not list((tmp_path / "out").iterdir())
 
 

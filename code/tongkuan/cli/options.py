@@ -91,8 +91,8 @@ def span(text: str) -> slice:
 
 def ray_address(text: str) -> str:
     """An argparse type: where a Ray cluster answers."""
-    if not re.fullmatch("auto|[^:/\\s]+:[0-9]{1,5}", text):
-        raise argparse.ArgumentTypeError(f"{clip(text)} is no HOST:PORT, as `ray start` prints it, and not auto")
+    if not re.fullmatch("[^:/\\s]+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"{clip(text)} is no HOST:PORT; `ray start` prints it")
     return text
 
 

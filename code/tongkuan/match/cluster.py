@@ -8,10 +8,13 @@ that a node that dies takes one partition with it, which Ray has done again by a
 import importlib
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from tqdm import tqdm
 
 from tongkuan.base.errors import FailureError, UserError, clip
 from tongkuan.base.terminal import say
@@ -22,6 +25,7 @@ from tongkuan.match.ship import Encoder, Shipment
 
 RAY = "ray==2.60.0"
 RETRIES = 5  # of a partition that is lost with its node
+CONNECT_SECONDS = 5
 WAIT_SECONDS = 30  # for a result, until it is worth while to ask whether there is a node at all
 
 
@@ -33,18 +37,41 @@ def connect(address: str) -> Iterator["Cluster"]:
     except ImportError:
         raise UserError(f"--ray: Ray is not installed; run {sys.executable} -m pip install {RAY}") from None
     before = signal.getsignal(signal.SIGTERM)
+    host, _, port = address.partition(":")
     try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself would try for minutes
         ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"--ray {address}: cannot join a Ray cluster there ({clip(str(error).strip().splitlines()[0], 160)}); "
-            f"run `ray start --address {address}` on this machine first"
+            f"--ray {address}: cannot join a Ray cluster there ({first_line(error)}); "
+            "run `ray start` on this machine first, see code/docs/cluster.md"
         ) from error
     try:
-        signal.signal(signal.SIGTERM, before)  # Ray sets its own
-        yield Cluster(ray)
+        with stopped_as(before):
+            yield Cluster(ray)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def stopped_as(handler: Any) -> Iterator[None]:
+    """Have SIGTERM handled as before Ray set a handler, and the exit code kept that it leads to: Ray makes it 1."""
+    ends: list[SystemExit] = []
+
+    def stop(number: int, frame: Any) -> None:
+        try:
+            handler(number, frame)
+        except SystemExit as end:
+            ends.append(end)
+            raise
+
+    signal.signal(signal.SIGTERM, stop if callable(handler) else handler)
+    try:
+        yield
+    except SystemExit as end:
+        raise (ends or [end])[0] from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 class Cluster:
@@ -55,14 +82,15 @@ class Cluster:
 
     def each(self, work: Callable[[Job], Done], jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
         """As Machines."""
-        return self.spread(work, jobs, self.whole_node())
+        return self.spread(work, jobs, self.whole_node()) if jobs else iter(())
 
     def encode(self, run: Inference, store: ItemStore, parts: Sequence[Part]) -> Iterator[tuple[int, EncodedPart]]:
         """As Machines: a GPU each where there are any."""
-        jobs = (Shipment.of(store, part) for part in parts)
-        return self.spread(
-            Encoder.of(run), jobs, {"GPU": 1.0} if self.least("GPU") else {"CPU": self.least("CPU") or 1.0}
-        )
+        if not parts:
+            return iter(())
+        needs = {"GPU": 1.0} if self.least("GPU") else self.whole_node()
+        done = self.spread(Encoder.of(run), (Shipment.of(store, part) for part in parts), needs)
+        return iter(tqdm(done, total=len(parts), desc="encode", unit="part", disable=None))
 
     def nodes(self) -> list[dict[str, float]]:
         """What each living node has, by the names of Ray."""
@@ -104,15 +132,25 @@ class Cluster:
         try:
             return place, self.ray.get(ready[0])
         except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, self.ray.exceptions.RaySystemError):  # it could not unpack what it was sent
+                raise UserError(
+                    f"--ray: a node cannot run this program ({first_line(error.cause)}); install the same on all nodes "
+                    "and start Ray there with PYTHONPATH set, see code/docs/cluster.md"
+                ) from error
             raise (error.cause or error) from error
         except self.ray.exceptions.RayError as error:
-            reason = clip(str(error).strip().splitlines()[0], 160)
             raise FailureError(
-                f"--ray: a partition was lost {RETRIES + 1} times ({reason}); the same command goes on from those "
-                "that are there"
+                f"--ray: a partition was lost {RETRIES + 1} times ({first_line(error)}); the same command goes on from "
+                "those that are there"
             ) from error
 
 
 def perform(work: Callable[[Job], Done], job: Job) -> Done:
     """What a task does."""
     return work(job)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says at first: Ray's texts have many lines."""
+    lines = str(error).strip().splitlines()
+    return clip(lines[0] if lines else type(error).__name__, 160)
