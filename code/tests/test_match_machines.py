@@ -147,7 +147,7 @@ def test_what_ends_a_task_ends_the_run_with_the_same_error() -> None:
     with pytest.raises(ValueError, match="of the task"):
         list(cluster.Cluster(FakeRay(TaskError(ValueError("of the task")))).each(abs, [1]))
     cause = ImportError("No module named 'tongkuan'\nand more")
-    with pytest.raises(UserError, match="a node cannot run this program .*; install the same on all nodes"):
+    with pytest.raises(UserError, match=r"a node cannot run this program .*; install the same on all nodes"):
         list(cluster.Cluster(FakeRay(TaskError(cause))).each(abs, [1]))
     with pytest.raises(FailureError, match=r"lost 6 times \('the node died'\); the same command goes on"):
         list(cluster.Cluster(FakeRay(LostNodeError("the node died\nand more"))).each(abs, [1]))
