@@ -120,16 +120,16 @@ def is_at(path: Path, descriptor: int) -> bool:
 
 
 @contextmanager
-def sole_process(folder: Path) -> Iterator[None]:
+def sole_process(folder: Path, shared: bool = False) -> Iterator[None]:
     """Keep a second process out of a folder. UserError for that one, and for a folder that takes no files.
 
-    Errors of a full disk name the folder.
+    Those that come as `shared` let each other in: each writes files of its own. Errors of a full disk name the folder.
     """
     check_writable(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{folder}: another process fills this folder; wait for its end") from error
         except OSError:

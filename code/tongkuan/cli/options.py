@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tongkuan.base.errors import UserError, nearest
+from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.base.numbers import Real, Whole
 
 NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
@@ -80,6 +80,22 @@ def real_or_auto(text: str) -> float | None:
     return None if text == "auto" else Real()(text)
 
 
+def span(text: str) -> slice:
+    """An argparse type: A:B with A below B, as Python's slices; either may be left out."""
+    found = re.fullmatch("([0-9]{0,9}):([0-9]{0,9})", text)
+    first, last = (int(side) if side else None for side in found.groups()) if found else (0, 0)
+    if last is not None and last <= (first or 0):
+        raise argparse.ArgumentTypeError(f"{clip(text)} is no A:B with A below B; 0:4 are the first four")
+    return slice(first, last)
+
+
+def ray_address(text: str) -> str:
+    """An argparse type: where a Ray cluster answers."""
+    if not re.fullmatch("[^:/\\s]+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"{clip(text)} is no HOST:PORT; `ray start` prints it")
+    return text
+
+
 RAW = Option("--raw", "raw_dir", "DIR", "to fill", Path("data/raw"))
 DATA = Option("--data", "data_dir", "DIR", "item files and images/", Path("data"))
 SPLIT = Option("--split", "split", "S", "which item files", "test", str)
@@ -116,5 +132,7 @@ RECALL = Option("--recall", "recall", "R", "of neighbours, for an index", 0.99, 
 ENGINE = Option("--engine", "engine", "E", "exact, faiss or auto", "auto", str, {"choices": ("auto", "exact", "faiss")})
 GROUPS = Option("--groups", "groups", "G", "average, or strict", "average", str, {"choices": ("average", "strict")})
 PARTITION_SIZE = Option("--partition-size", "partition_size", "N", "listings a file", 100_000, Whole(1, 10_000_000))
+PARTITIONS = Option("--partitions", "wanted", "A:B", "encode these alone: one job of many", type=span)
+RAY = Option("--ray", "ray_address", "HOST:PORT", "the nodes of this Ray cluster do it", type=ray_address)
 # Of the verbs that encode all items of a split.
 ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

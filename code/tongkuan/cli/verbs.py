@@ -22,6 +22,7 @@ Target = str | Callable[..., Any]
 """A function, or `module:function`. It is called with the arguments that it has parameters for."""
 DEMO_DATA, DEMO_MODEL = "--data runs/demo/data", "--model runs/demo/weights/model.safetensors"
 SUBMITTED, ANSWERS = "--submit runs/demo/submit", "--pairs runs/demo/data/item_test_answers.jsonl"
+MANY = 14  # options: naming them all above their list would take a third of a screen
 LINKS = """\
 Cut short, the same command goes on.
 
@@ -250,6 +251,8 @@ VERBS = {
             opt.ENGINE,
             opt.GROUPS,
             opt.PARTITION_SIZE,
+            opt.PARTITIONS,
+            opt.RAY,
             opt.PRECISION,
             opt.ENCODE_BATCH,
             opt.NPROC,
@@ -304,6 +307,8 @@ def parser_of(name: str) -> Parser:
     parser = Parser(name, verb.about, f"./entrypoint.sh {verb.example}", verb.more)
     for option in verb.options:
         option.add_to(parser)
+    if len(verb.options) > MANY:
+        parser.usage = "%(prog)s [--option value]"
     if verb.one_of:
         group = parser.add_mutually_exclusive_group(required=True)
         for option in verb.one_of:
@@ -324,7 +329,7 @@ def main(argv: Sequence[str]) -> int:
         folders = [path for name, path in written.items() if name.endswith("_dir")]
         files = [path for name, path in written.items() if not name.endswith("_dir")]
         check_apart_from_data(given["data_dir"], folders, files)
-    if not verb.has_ranks:
+    if not verb.has_ranks or given.get("ray_address"):
         forget()
     elif (count := num_ranks(given["nproc"])) > 1:
         from tongkuan.ranks.launch import launch

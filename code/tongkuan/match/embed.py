@@ -16,7 +16,8 @@ from tongkuan.encode.encode import Embeddings, batch_size
 from tongkuan.encode.inference import Inference
 from tongkuan.encode.store import ItemStore
 from tongkuan.match import files
-from tongkuan.match.files import Folder, sum_of
+from tongkuan.match.files import Folder, partitions, sum_of
+from tongkuan.match.machines import HERE, Machines, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +31,33 @@ class Encoded:
 
 
 def encode_partitions(
-    run: Inference, store: ItemStore, item_ids: Sequence[str], folder: Folder, kind: str, size: int
+    run: Inference,
+    store: ItemStore,
+    item_ids: Sequence[str],
+    folder: Folder,
+    kind: str,
+    size: int,
+    machines: Machines = HERE,
+    wanted: slice | None = None,
 ) -> Encoded:
-    """Encode what is not there yet, `size` items a file. The same on every rank; the first one writes."""
-    parts = [item_ids[start : start + size] for start in range(0, len(item_ids), size)]
-    sums = run.ranks.gather(list(sums_of(run, store, parts)) if run.ranks.is_first else [])[0]
-    blank: set[str] = set()
-    for number, (ids, made_of) in enumerate(zip(parts, sums, strict=True)):
-        path = folder.part(kind, number)
-        is_there = files.read_table(path, made_of) is not None if run.ranks.is_first else None
-        if not run.ranks.gather(is_there)[0]:
-            label = f"{kind} {number + 1}/{len(parts)}"
-            embeddings = run.encode(label, item_ids=ids, store=store)
-            if run.ranks.is_first:
-                write(path, store, ids, np.stack(list(embeddings.values())), made_of)
+    """Encode what is not there yet, `size` items a file. The same on every rank; the first one writes.
+
+    Of `wanted` partitions alone, others may be written by other processes meanwhile, and are left as they are.
+    """
+    parts = [item_ids[rows] for rows in partitions(len(item_ids), size)]
+    numbers = range(len(parts))[wanted or slice(None)]
+    sums = run.ranks.gather(list(sums_of(run, store, [parts[n] for n in numbers])) if run.ranks.is_first else [])[0]
+    paths = [folder.part(kind, number) for number in numbers]
+    absent = run.ranks.gather(files.missing(paths, sums) if run.ranks.is_first else [])[0]
+    labels = [f"{kind} {number + 1}/{len(parts)}" for number in numbers]
+    todo = [Part(labels[place], parts[numbers[place]], sums[place]) for place in absent]
+    for place, done in machines.encode(run, store, todo):
         if run.ranks.is_first:
-            blank.update(files.about(path)["blank"])
-    if run.ranks.is_first:
+            store.unreadable |= done.unreadable
+            write(paths[absent[place]], store, todo[place].item_ids, done.embeddings, todo[place].made_of)
+    if run.ranks.is_first and wanted is None:
         folder.drop_parts(kind, len(parts))
+    blank = {name for path in paths for name in files.about(path)["blank"]} if run.ranks.is_first else set()
     return Encoded(sums, sorted(blank))
 
 

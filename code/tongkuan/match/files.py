@@ -5,7 +5,7 @@ that is damaged or was made of something else is made anew.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ LEVEL = 3  # of zstd
 def sum_of(*facts: Any) -> str:
     """Hex SHA-256 of facts that JSON can say."""
     return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def partitions(count: int, size: int) -> list[slice]:
+    """Rows of each partition."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,11 @@ def read_table(path: Path, made_of: str) -> pa.Table | None:
             return file.read()
     except (OSError, pa.ArrowException):
         return None
+
+
+def missing(paths: Sequence[Path], sums: Sequence[str]) -> list[int]:
+    """Places of the files that are not there whole, or were made of something else."""
+    return [place for place, (path, own) in enumerate(zip(paths, sums, strict=True)) if read_table(path, own) is None]
 
 
 def about(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,25 @@ from tqdm import tqdm
 from tongkuan.encode.encode import Embeddings
 from tongkuan.match import files
 from tongkuan.match.candidates import SEED, Neighbours, Rows, collapse
-from tongkuan.match.files import Folder, sum_of
+from tongkuan.match.files import Folder, partitions, sum_of
 from tongkuan.match.groups import facts, group
+from tongkuan.match.machines import HERE, Machines
 from tongkuan.match.options import Grouping, Options
-from tongkuan.match.scores import Catalogue, Numbers, Pairs, all_pairs, candidate_pairs, exact_scores, local_means
+from tongkuan.match.scores import (
+    Catalogue,
+    Numbers,
+    Pairs,
+    all_pairs,
+    candidate_pairs,
+    concatenated,
+    exact_scores,
+    local_means,
+)
 from tongkuan.match.search import (
     Search,
     code_sums,
     engine_name,
     neighbours_of,
-    partitions,
     search_partitions,
     wants_index,
 )
@@ -87,9 +97,12 @@ class Join:
     folder: Folder
     made_of: str
     partition_size: int
+    machines: Machines
 
     @classmethod
-    def of(cls, listings: Listings, sums: Sequence[str], folder: Folder, options: Options) -> "Join":
+    def of(
+        cls, listings: Listings, sums: Sequence[str], folder: Folder, options: Options, machines: Machines = HERE
+    ) -> "Join":
         """Search the neighbours of all listings; `sums` are those of the partitions of embeddings."""
         engine, size = options.engine, options.partition_size
         by_index = wants_index(engine, listings.categories, listings.embeddings.shape[1])
@@ -97,34 +110,25 @@ class Join:
         search = Search(listings.embeddings, listings.categories, k, by_index, options.recall)
         recall = options.recall if by_index else None
         made_of = sum_of(list(sums), k, recall, options.within, code_sums())
-        neighbours, found = search_partitions(search, folder, made_of, size)
+        neighbours, found = search_partitions(search, folder, made_of, size, machines)
         catalogue = Catalogue(listings.embeddings, local_means(neighbours), listings.categories)
         made_of, name = sum_of(made_of, engine == "exact"), engine_name(engine, k, by_index)
-        return cls(listings, catalogue, neighbours, found, name, engine == "exact", folder, made_of, size)
+        return cls(listings, catalogue, neighbours, found, name, engine == "exact", folder, made_of, size, machines)
 
     def pairs(self, verdict: Verdict) -> Pairs:
         """All matches of distinct listings, from the disk where they are there."""
         parts = partitions(len(self.catalogue.embeddings), self.partition_size)
-        ids = pa.array(self.listings.item_ids, pa.string())
-        firsts = ids.take(pa.array(self.listings.firsts))
-        found = []
-        for number, rows in enumerate(tqdm(parts, desc="pairs", unit="part", disable=None)):
-            path = self.folder.part(PAIRS, number)
-            made_of = sum_of(self.made_of, verdict.score_floor, verdict.threshold, rows.start, rows.stop)
-            if (table := files.read_table(path, made_of)) is None:
-                files.write_table(path, self.columns(self.matches(rows, verdict), rows), made_of)
-                table = files.made_table(path, made_of)
-            found.append(read_pairs(table, firsts))
+        paths = [self.folder.part(PAIRS, number) for number in range(len(parts))]
+        sums = [sum_of(self.made_of, verdict.score_floor, verdict.threshold, rows.start, rows.stop) for rows in parts]
+        todo = files.missing(paths, sums)
+        work = partial(matches, self.catalogue, self.neighbours, self.by_score, verdict)
+        made = self.machines.each(work, [parts[number] for number in todo])
+        for place, found in tqdm(made, total=len(todo), desc="pairs", unit="part", disable=None):
+            number = todo[place]
+            files.write_table(paths[number], self.columns(found, parts[number]), sums[number])
         self.folder.drop_parts(PAIRS, len(parts))
-        names = ("left", "right", "scores", "cosines", "scaled")
-        return Pairs(*(np.concatenate([getattr(part, name) for part in found]) for name in names))
-
-    def matches(self, rows: slice, verdict: Verdict) -> Pairs:
-        """Of one partition."""
-        if not self.by_score:
-            return candidate_pairs(self.catalogue, self.neighbours, rows, verdict.score_floor, verdict.threshold)
-        own = np.arange(rows.start, rows.stop, dtype=np.int32)
-        return all_pairs(self.catalogue, own, verdict.score_floor, verdict.threshold)
+        firsts = pa.array(self.listings.item_ids, pa.string()).take(pa.array(self.listings.firsts))
+        return concatenated([read_pairs(files.made_table(*made), firsts) for made in zip(paths, sums, strict=True)])
 
     def columns(self, pairs: Pairs, rows: slice) -> dict[str, Any]:
         """A file of matches, and of each listing that stands for others the pairs with those, in the order of ids."""
@@ -171,6 +175,14 @@ class Join:
         """The model's scores (n, n) of all pairs of some listings."""
         left, right = (side.ravel() for side in np.meshgrid(rows, rows, indexing="ij"))
         return exact_scores(self.catalogue.embeddings, left, right).reshape(len(rows), len(rows))
+
+
+def matches(catalogue: Catalogue, neighbours: Neighbours, by_score: bool, verdict: Verdict, rows: slice) -> Pairs:
+    """Of one partition: among the neighbours of all listings, or among all pairs."""
+    if not by_score:
+        return candidate_pairs(catalogue, neighbours, rows, verdict.score_floor, verdict.threshold)
+    own = np.arange(rows.start, rows.stop, dtype=np.int32)
+    return all_pairs(catalogue, own, verdict.score_floor, verdict.threshold)
 
 
 def keys(pairs: Pairs) -> NDArray[np.int64]:

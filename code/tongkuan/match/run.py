@@ -12,10 +12,11 @@
 
 Listings of bit-identical embeddings are one: pairs name the first of them, with which each other is paired.
 Partition by partition: a killed run goes on from those that are there, and ends with the bytes of one never killed.
+Many machines: `--partitions` or `--ray`, see docs/cluster.md.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from tongkuan.encode.inference import Inference, open_inference, read_no_pairs
 from tongkuan.encode.store import open_store
 from tongkuan.match import calibrate
 from tongkuan.match.embed import Encoded, encode_partitions, load
-from tongkuan.match.files import Folder
+from tongkuan.match.files import Folder, partitions
 from tongkuan.match.join import Join, Listings, Summary, Verdict, write_groups
+from tongkuan.match.machines import HERE, Machines
 from tongkuan.match.options import Options
 from tongkuan.match.page import write_page
 from tongkuan.match.scores import all_pairs
@@ -39,7 +41,7 @@ from tongkuan.match.threshold import Threshold, from_labels, from_sample, warnin
 from tongkuan.report.views import Pictures
 from tongkuan.settings import Precision
 
-LABELLED = "labelled"
+EMBEDDINGS, LABELLED = "embeddings", "labelled"
 
 
 def match_run(
@@ -50,30 +52,71 @@ def match_run(
     options: Options,
     encode_batch: int | None = None,
     precision: Precision = "fp32",
+    wanted: slice | None = None,
+    ray_address: str | None = None,
+    nproc: int | None = None,
 ) -> None:
-    """Match all listings of a split and print what was found. UserError before any encoding when an input is unfit."""
+    """Match all listings of a split and print what was found. UserError before any encoding when an input is unfit.
+
+    Of `wanted` partitions only the embeddings; with `ray_address` the nodes of that cluster do the work.
+    """
     folder = Folder(out_dir)
     for path in (folder.groups, folder.page, folder.manifest):
         check_target(path)
     with ExitStack() as stack:
+        machines = stack.enter_context(open_machines(ray_address, nproc))
         with open_inference(data_dir, split, model_path, precision, encode_batch, read=read_no_pairs) as run:
             item_ids = list(run.items)
             if not item_ids:
                 raise UserError(f"{run.files['items']}: no items; a catalogue needs one line an item")
-            labelled = calibrate.labelled_items(data_dir, split, run.items) if options.threshold is None else None
+            has_labels = options.threshold is None and wanted is None
+            labelled = calibrate.labelled_items(data_dir, split, run.items) if has_labels else None
             if run.ranks.is_first:
-                stack.enter_context(sole_process(out_dir))
+                stack.enter_context(sole_process(out_dir, shared=wanted is not None))
                 folder.manifest.unlink(missing_ok=True)  # until all that it speaks of is there
                 if line := slow_precision(run.ranks.device, precision):
                     print(line)
-            encoded = encode_partitions(run, run.store, item_ids, folder, "embeddings", options.partition_size)
-            also = encode_labelled(run, data_dir, split, labelled, folder)
-        if run.ranks.is_first:
-            finish(run, data_dir, split, item_ids, folder, options, encoded, labelled, also)
+            size = options.partition_size
+            encoded = encode_partitions(run, run.store, item_ids, folder, EMBEDDINGS, size, machines, wanted)
+            if wanted is None:
+                also = encode_labelled(run, data_dir, split, labelled, folder, machines)
+        if not run.ranks.is_first:
+            return
+        if wanted is None:
+            finish(run, data_dir, split, item_ids, folder, options, encoded, labelled, also, machines)
+        else:
+            print(progress_of(folder, len(partitions(len(item_ids), size)), wanted))
+
+
+def open_machines(ray_address: str | None, nproc: int | None) -> AbstractContextManager[Machines]:
+    """This machine, or the nodes of a cluster, where `nproc` ranks of this one have no place."""
+    if ray_address is None:
+        return nullcontext(HERE)
+    if nproc not in (None, 1):
+        raise UserError(f"--nproc {nproc}: ranks of this machine, and --ray takes a cluster's nodes; leave one out")
+    from tongkuan.match.cluster import connect
+
+    return connect(ray_address)
+
+
+def progress_of(folder: Folder, count: int, wanted: slice) -> str:
+    """Lines on what processes with partitions of their own have done so far."""
+    done = len(range(count)[wanted])
+    there = sum(folder.part(EMBEDDINGS, number).exists() for number in range(count))
+    others = "" if there == count else "the other partitions, then "
+    return (
+        f"{folder.path / EMBEDDINGS}: {done:,} of {count:,} partitions done here, {there:,} are there\n"
+        f"next: {others}the same command without --partitions"
+    )
 
 
 def encode_labelled(
-    run: Inference, data_dir: Path, split: str, labelled: calibrate.LabelledItems | None, folder: Folder
+    run: Inference,
+    data_dir: Path,
+    split: str,
+    labelled: calibrate.LabelledItems | None,
+    folder: Folder,
+    machines: Machines,
 ) -> Encoded | None:
     """Labelled listings of another split, in a file of their own; None without such."""
     if labelled is None or labelled.split == split:
@@ -81,7 +124,7 @@ def encode_labelled(
             folder.drop_parts(LABELLED, 0)
         return None
     store = open_store(labelled.items, data_dir, run.card.settings, run.card.open_tokenizer(), cache_mb=0)
-    return encode_partitions(run, store, labelled.item_ids, folder, LABELLED, len(labelled.item_ids))
+    return encode_partitions(run, store, labelled.item_ids, folder, LABELLED, len(labelled.item_ids), machines)
 
 
 def finish(
@@ -94,12 +137,13 @@ def finish(
     encoded: Encoded,
     labelled: calibrate.LabelledItems | None,
     also: Encoded | None,
+    machines: Machines,
 ) -> None:
     """From embeddings on the disk to groups and manifest, on one rank."""
     width = 2 * run.card.settings.embedding_size
     categories = [run.items[item_id].category if options.within == "category" else "" for item_id in item_ids]
-    listings = Listings.of(item_ids, load(folder, "embeddings", encoded, len(item_ids), width), categories)
-    join = Join.of(listings, encoded.sums, folder, options)
+    listings = Listings.of(item_ids, load(folder, EMBEDDINGS, encoded, len(item_ids), width), categories)
+    join = Join.of(listings, encoded.sums, folder, options, machines)
     score_floor = float(run.card.threshold)
     threshold = choose(join, score_floor, options.threshold, labelled, folder, also)
     verdict = Verdict(score_floor, threshold.value)

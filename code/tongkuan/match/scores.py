@@ -160,7 +160,9 @@ def may_pass(
 
 def products(left: Embeddings, right: Embeddings) -> NDArray[np.float32]:
     """All inner products (A, B) of two sides; by torch, whose threads `one_thread_each` rules."""
-    found: NDArray[np.float32] = (torch.from_numpy(left) @ torch.from_numpy(right).T).numpy()
+    # Arrays from another machine cannot be written to, of which torch would warn.
+    mine, others = (torch.from_numpy(np.require(side, requirements="W")) for side in (left, right))
+    found: NDArray[np.float32] = (mine @ others.T).numpy()
     return found
 
 

@@ -1,5 +1,6 @@
 """Neighbours of all listings by partitions, exact or by an index, among all or within each category."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,8 @@ from tongkuan.base.machine import available_cores
 from tongkuan.encode.encode import Embeddings
 from tongkuan.match import files
 from tongkuan.match.candidates import NEAREST, Index, Neighbours, Rows, build_index, exact_neighbours, index_neighbours
-from tongkuan.match.files import Folder, sum_of
+from tongkuan.match.files import Folder, partitions, sum_of
+from tongkuan.match.machines import HERE, Machines
 from tongkuan.match.options import Engine, Options
 
 # Multiply-adds that an exact search may take: 300,000 listings of 2 x 128, about ten minutes on two cores.
@@ -46,12 +48,16 @@ class Search:
         rows = np.full((len(queries), self.k), -1, np.int32)
         own = self.categories[queries]
         for category in np.unique(own).tolist():
-            members = np.flatnonzero(self.categories == category).astype(np.int32)
+            members = self.members(category)
             place = np.flatnonzero(own == category)
             found = self.within(category, members, np.searchsorted(members, queries[place]).astype(np.int32))
             cosines[place] = found.cosines
             rows[place] = np.where(found.rows < 0, np.int32(-1), members[found.rows])
         return Neighbours(cosines, rows)
+
+    def members(self, category: int) -> Rows:
+        """Rows of a category."""
+        return np.flatnonzero(self.categories == category).astype(np.int32)
 
     def within(self, category: int, members: Rows, queries: Rows) -> Neighbours:
         """Neighbours among the members of a category, numbered as they stand there."""
@@ -62,6 +68,18 @@ class Search:
         if category not in self.indexes:
             self.indexes[category] = build_index(embeddings, self.k, self.recall)
         return index_neighbours(embeddings, self.indexes[category], queries, self.k)
+
+    def prepare(self, parts: Sequence[slice]) -> None:
+        """Build the indexes that these partitions need: once, and not on each machine."""
+        if self.by_index and parts:
+            asked = np.unique(np.concatenate([np.unique(self.categories[rows]) for rows in parts]))
+            for category in asked.tolist():
+                self.within(category, self.members(category), np.empty(0, np.int32))
+
+    def part(self, rows: slice) -> tuple[Neighbours, dict[str, Any]]:
+        """Neighbours of a partition, and `facts` of them."""
+        queries = np.arange(rows.start, rows.stop, dtype=np.int32)
+        return self.neighbours(queries), self.facts(queries)
 
     def facts(self, queries: Rows) -> dict[str, Any]:
         """Of the indexes that these rows were looked up in, the least recall measured and the most lists looked into.
@@ -125,28 +143,28 @@ def code_sums() -> dict[str, str]:
     return {**{name: sha256_of(folder / f"{name}.py") for name in SOURCES}, "faiss": version("faiss-cpu")}
 
 
-def partitions(count: int, size: int) -> list[slice]:
-    """Rows of each partition."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def search_partitions(search: Search, folder: Folder, made_of: str, size: int) -> tuple[Neighbours, dict[str, Any]]:
+def search_partitions(
+    search: Search, folder: Folder, made_of: str, size: int, machines: Machines = HERE
+) -> tuple[Neighbours, dict[str, Any]]:
     """Neighbours of all listings, from the disk where they are there, and the worst of `Search.facts`."""
     count = len(search.embeddings)
+    parts = partitions(count, size)
+    paths = [folder.part(NEIGHBOURS, number) for number in range(len(parts))]
+    sums = [sum_of(made_of, rows.start, rows.stop) for rows in parts]
+    todo = files.missing(paths, sums)
+    with tqdm(total=len(parts), initial=len(parts) - len(todo), desc="search", unit="part", disable=None) as progress:
+        search.prepare([parts[number] for number in todo])
+        for place, (found, about) in machines.each(search.part, [parts[number] for number in todo]):
+            columns: dict[str, pa.Array] = {"cosines": files.matrix(found.cosines), "rows": files.matrix(found.rows)}
+            files.write_table(paths[todo[place]], columns, sums[todo[place]], about)
+            progress.update()
+    folder.drop_parts(NEIGHBOURS, len(parts))
     all_found = Neighbours(np.empty((count, search.k), np.float32), np.empty((count, search.k), np.int32))
     facts: dict[str, Any] = {}
-    parts = partitions(count, size)
-    for number, rows in enumerate(tqdm(parts, desc="search", unit="part", disable=None)):
-        path, own_sum = folder.part(NEIGHBOURS, number), sum_of(made_of, rows.start, rows.stop)
-        if (table := files.read_table(path, own_sum)) is None:
-            queries = np.arange(rows.start, rows.stop, dtype=np.int32)
-            found = search.neighbours(queries)
-            columns: dict[str, pa.Array] = {"cosines": files.matrix(found.cosines), "rows": files.matrix(found.rows)}
-            files.write_table(path, columns, own_sum, search.facts(queries))
-            table = files.made_table(path, own_sum)
+    for rows, path, own_sum in zip(parts, paths, sums, strict=True):
+        table = files.made_table(path, own_sum)
         all_found.cosines[rows], all_found.rows[rows] = files.rows_of(table["cosines"]), files.rows_of(table["rows"])
         facts = combined(facts, files.about(path))
-    folder.drop_parts(NEIGHBOURS, len(parts))
     return all_found, facts
 
 
