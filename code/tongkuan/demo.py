@@ -64,6 +64,7 @@ def demo(
         figures[INPUTS[inputs]] = score(submit, answers)
         step("plot", "--submit", submit, "--pairs", answers)
         step("report", "--submit", submit, "--pairs", answers, "--data", data, "--run", folder / "train")
+    step("match", "run", "--data", data, "--model", run_dir / "weights/model.safetensors", "--out", run_dir / "match")
     print(f"\ndone in {time.monotonic() - started:.0f} s; F1 on products never trained on:")
     for name, f1 in figures.items():
         print(f"  {name:<18}{f1:.4f}")

@@ -116,5 +116,6 @@ RECALL = Option("--recall", "recall", "R", "of neighbours, for an index", 0.99, 
 ENGINE = Option("--engine", "engine", "E", "exact, faiss or auto", "auto", str, {"choices": ("auto", "exact", "faiss")})
 GROUPS = Option("--groups", "groups", "G", "average, or strict", "average", str, {"choices": ("average", "strict")})
 PARTITION_SIZE = Option("--partition-size", "partition_size", "N", "listings a file", 100_000, Whole(1, 10_000_000))
+MATCHED = OUT.but("what match run made", metavar="DIR", parameter="out_dir", default=Path("match"))
 # Of the verbs that encode all items of a split.
 ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

@@ -6,7 +6,7 @@
     neighbours/part-NNNNNN.parquet  of each distinct listing the nearest by cosine, by number
     labelled/part-NNNNNN.parquet    embeddings of labelled listings of valid, if the threshold is chosen on those
     pairs/part-NNNNNN.parquet       left < right, score, cosine, scaled cosine of what matches
-    groups.parquet                  item_id, group_id (its smallest item_id), size, density, weakest score
+    groups.parquet                  item_id, group_id (its smallest item_id), size, density, weakest score, mean cosine
     manifest.json                   what made them, and the recall as measured
 
 Listings of bit-identical embeddings are one: pairs name the first of them, with which each other is paired.
@@ -19,11 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tongkuan import __version__
 from tongkuan.base.errors import UserError, clip
-from tongkuan.base.files import check_target, publish, sha256_of, sole_process
+from tongkuan.base.files import check_target, sha256_of, sole_process
 from tongkuan.encode.encode import batch_size, slow_precision
 from tongkuan.encode.inference import Inference, open_inference, read_no_pairs
 from tongkuan.encode.store import open_store
@@ -34,6 +32,7 @@ from tongkuan.match.join import Join, Listings, Summary, Verdict, write_groups
 from tongkuan.match.options import Options
 from tongkuan.match.scores import all_pairs
 from tongkuan.match.threshold import Threshold, from_labels, from_sample, warning
+from tongkuan.match.transaction import drop_changes, file_sums, write_manifest
 from tongkuan.settings import Precision
 
 LABELLED = "labelled"
@@ -61,6 +60,7 @@ def match_run(
             if run.ranks.is_first:
                 stack.enter_context(sole_process(out_dir))
                 folder.manifest.unlink(missing_ok=True)  # until all that it speaks of is there
+                drop_changes(folder)
                 if line := slow_precision(run.ranks.device, precision):
                     print(line)
             encoded = encode_partitions(run, run.store, item_ids, folder, "embeddings", options.partition_size)
@@ -117,9 +117,9 @@ def finish(
         "score_above": score_floor,
         "threshold": asdict(threshold),
         "counts": summary.counts,
+        "files": file_sums(folder),
     }
-    with publish(folder.manifest) as file:
-        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")
+    write_manifest(folder, manifest)
     print("\n".join(lines_on(folder, manifest, summary)))
 
 
