@@ -159,6 +159,19 @@ def test_after_a_merge_the_smallest_id_survives_and_after_a_split_the_largest_pa
     assert stable_ids(["a"], [0], [None], {"a", "a~2"}) == {0: "a~3"}
 
 
+def test_an_update_of_a_whole_group_keeps_its_id_and_is_no_change_of_group(tmp_path: Path) -> None:
+    embeddings, _ = planted(60)
+    folder = match_embeddings(tmp_path, ids_of(range(60)), embeddings, VERDICT, Options())
+    before = group_of(open_state(folder))
+    group_id, own = max((len(each), min(each), each) for each in members(before))[1:]
+    renamed = change(folder, embeddings, removed=[int(group_id[1:])])
+    assert {group_of(renamed)[each] for each in own - {group_id}} == {group_id}
+    rows = sorted(int(each[1:]) for each in own - {group_id})
+    state = change(folder, 2 * embeddings, added=rows)
+    assert {group_of(state)[f"i{row:03}"] for row in rows} == {group_id} and len(rows) > 1
+    assert table(tmp_path / "changes/part-c000002-000000.parquet")["item_id"] == []
+
+
 def test_a_removed_listing_leaves_its_copies_with_its_pairs(tmp_path: Path) -> None:
     embeddings, _ = planted(40)
     embeddings[30] = embeddings[31] = embeddings[0]
@@ -287,6 +300,20 @@ def test_removed_listings_are_in_no_pair_and_no_group(
     assert table(grown / "match/groups.parquet")["item_id"] == ids[5:]
 
 
+def test_within_a_category_new_pairs_do_not_cross_either(grown: Path, model: Path) -> None:
+    for name in ("data/item_test_info.jsonl", "new.jsonl"):
+        rows = [row | {"cate_name": f"c{number % 2}"} for number, row in enumerate(read_jsonl(grown / name))]
+        write_jsonl(grown / name, rows)
+    match(grown / "data", model, grown / "match", "--threshold", -4, "--within", "category")
+    main(add(grown, model))
+    embedded, found = parts(grown / "match", "embeddings"), parts(grown / "match", "pairs")
+    category = dict(zip(embedded["item_id"], embedded["category"], strict=True))
+    pairs = list(zip(found["left"], found["right"], strict=True))
+    new = {row["item_id"] for row in read_jsonl(grown / "new.jsonl")}
+    assert any(new & {*pair} for pair in pairs) and all(category[a] == category[b] for a, b in pairs)
+    assert main(["match", "check", "--out", str(grown / "match")]) == 0
+
+
 def test_a_full_run_after_changes_is_as_one_in_an_empty_folder(grown: Path, model: Path, tmp_path: Path) -> None:
     main(add(grown, model))
     main(["match", "remove", "test-0-0", "--out", str(grown / "match")])
@@ -294,6 +321,45 @@ def test_a_full_run_after_changes_is_as_one_in_an_empty_folder(grown: Path, mode
     whole = match(grown / "data", model, tmp_path / "new", "--threshold", -4)
     assert snapshot(grown / "match") == snapshot(whole)
     assert sorted(path.name for path in (grown / "match").iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+class Crashed(BaseException):
+    """As if the process were killed."""
+
+
+def test_a_crash_at_any_rename_or_deletion_is_made_good_by_the_same_command(
+    halves: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update and a new listing, so that every kind of file is written, moved and deleted."""
+    start = shutil.copytree(halves, tmp_path / "start")
+    rows = [*read_jsonl(start / "data/item_test_info.jsonl"), *read_jsonl(start / "new.jsonl")]
+    write_jsonl(start / "new.jsonl", [rows[0] | {"title": "红茶"}, rows[12]])
+    main(add(shutil.copytree(start, tmp_path / "whole"), model))
+    wanted, steps = snapshot(tmp_path / "whole/match"), [0]
+
+    def counted(step: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
+            steps[0] -= 1
+            if steps[0] == 0:
+                raise Crashed
+            return step(*arguments, **named)
+
+        return run
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+    for moment in range(1, 100):
+        top = shutil.copytree(start, tmp_path / str(moment))
+        steps[0] = moment
+        try:
+            main(add(top, model))
+        except Crashed:
+            steps[0] = 0
+            main(add(top, model))
+            assert snapshot(top / "match") == wanted, f"step {moment}"
+        else:
+            break
+    assert moment > 10
 
 
 def test_errors_are_one_line_and_nothing_is_changed(

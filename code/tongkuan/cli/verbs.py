@@ -65,6 +65,13 @@ class Verb:
     """What --help says between the options and the example."""
 
 
+GROWN = """\
+New listings are held against all and each other. m of old ones stays as it was until the next match run.
+Only groups that a match leads to change; ids stay; DIR/changes lists whose group changed.
+
+"""
+
+
 VERBS = {
     "download": Verb(
         "fetch the organiser's files, or take them from a folder",
@@ -274,6 +281,7 @@ VERBS = {
         ),
         "tongkuan.match.add:match_add",
         outputs=("out_dir",),
+        more=GROWN,
     ),
     "match remove": Verb(
         "remove listings from what match run made",
