@@ -52,6 +52,7 @@ def match_add(items_path: Path, data_dir: Path, model_path: Path, out_dir: Path)
         settle(folder, manifest, keeps_added=True)
         request = sum_of("add", *sums_of(run, run.store, [list(run.items)]))
         if is_done(manifest, request):
+            settle(folder, manifest)
             print(f"{folder.groups}: these {len(run.items):,} listings were added by the last change")
             return
         added, blank = encode_added(run, folder, manifest)
