@@ -28,11 +28,11 @@ def demo(
     products: int | None,
     run_verb: Verb,
 ) -> None:
-    """sample, resize, split, train, predict, check, score, plot and report, in `run_dir`; prints each."""
+    """sample, resize, split, train, predict, check, score, plot, report and match run, in `run_dir`; prints each."""
     if nproc is not None:
         num_ranks(nproc)  # refused now rather than by a step of it
     started = time.monotonic()
-    for name in ("raw", "data", "train", "weights", "submit"):
+    for name in ("raw", "data", "train", "weights", "submit", "match"):
         check_writable(run_dir / name)
     raw, data = run_dir / "raw", run_dir / "data"
     ranks = ["--nproc", str(nproc or torch.cuda.device_count() or RANKS)]

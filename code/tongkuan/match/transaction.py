@@ -100,6 +100,7 @@ def unfit_values(manifest: dict[str, Any]) -> list[str]:
     wrong += [] if manifest["encode_batch"] > 0 else ["encode_batch"]
     wrong += [] if type(manifest["threshold"].get("value")) is float else ["threshold"]
     wrong += [] if type(manifest["sha256"].get("model")) is str else ["sha256"]
+    wrong += [] if type(manifest["recall"].get("of_matches")) is float else ["recall"]
     if not all(map(FILE.fullmatch, manifest["files"])) or STANDING[0] not in manifest["files"]:
         wrong.append("files")
     changes = manifest.get("changes", NO_CHANGES)
