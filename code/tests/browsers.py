@@ -53,7 +53,8 @@ def opened(browser: Any, page: Path) -> float:
     for log in ("browser", "performance"):
         browser.get_log(log)  # empties it
     browser.get(page.as_uri())
-    until(lambda: browser.execute_script("return document.documentElement.dataset.charts === 'ready'"))
+    drawn = "document.documentElement.dataset.charts === 'ready' || document.querySelector('.chart') === null"
+    until(lambda: browser.execute_script(f"return document.readyState === 'complete' && ({drawn})"))
     return float(browser.execute_script("return performance.now()")) / 1000
 
 
@@ -64,15 +65,15 @@ def until(holds: Callable[[], Any], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def assert_quiet(browser: Any, page: Path) -> None:
-    """Nothing on the console, nothing asked of any host, nothing that a title brought has run."""
+def assert_quiet(browser: Any, page: Path, num_scripts: int = 4) -> None:
+    """Nothing on the console, nothing asked of any host, no script but the page's own, nothing from a title has run."""
     assert browser.get_log("browser") == []
     asked = [
         entry["message"] for entry in browser.get_log("performance") if "Network.requestWillBeSent" in entry["message"]
     ]
     outside = [message for message in asked if page.as_uri() not in message and '"url":"data:' not in message]
     assert outside == []
-    assert browser.execute_script("return document.querySelectorAll('img[src=x], script').length") == 4
+    assert browser.execute_script("return document.querySelectorAll('img[src=x], script').length") == num_scripts
 
 
 def assert_accessible(browser: Any, page: Path, width: int, is_dark: bool) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from commands import ok, run_verb
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from test_explain import A, change, each_part, effect_of, explanation_of, predicted
 from test_main import error_of
@@ -20,7 +22,7 @@ from tongkuan.cli.verbs import main
 from tongkuan.encode.encode import scores_of
 from tongkuan.encode.inference import open_inference, read_labelled_pairs
 from tongkuan.learn import fit
-from tongkuan.learn.fit import LEAST_ITEMS, PENALTY, Columns, regression
+from tongkuan.learn.fit import LEAST_ITEMS, PENALTY, Columns, centre, corrections, most_likely_constant, regression
 from tongkuan.learn.step import TrainStep
 from tongkuan.learn.train import train
 from tongkuan.model.modelfile import load_model
@@ -335,3 +337,32 @@ def test_likeness_is_told_from_what_it_usually_is_where_both_sides_have_the_part
     assert usual.numpy() == pytest.approx([0.4, 0.0], abs=1e-6), "a part that is unlike on the whole gives nothing back"
     assert columns.likeness[0].numpy() == pytest.approx([-0.2, 0.0, 0.0, 0.2], abs=1e-6)
     assert torch.equal(columns.likeness[1], -has) and torch.equal(columns.likeness[2], has), "a key's stays"
+
+
+def test_without_a_part_pairs_are_called_the_same_as_often_as_they_are() -> None:
+    """A part that tells well is usually alike in half of the pairs; taking the mean away would call all different."""
+    generator = np.random.default_rng(0)
+    labels = torch.from_numpy((np.arange(400) < 120).astype(np.float64))
+    strong, weak = (torch.from_numpy(generator.normal(0.1 * clear * labels.numpy(), 0.1)) for clear in (8, 1))
+    columns = Columns(likeness=[strong, weak], there=[torch.ones(400, dtype=torch.float64)] * 2)
+    usual = centre(columns)
+    likeness, _, _, bias = regression(columns, labels)
+    stacked, taken = torch.stack(columns.likeness, dim=1), likeness * usual
+    more = corrections(columns, [[0], [1]], likeness, taken, stacked @ likeness + bias, labels)
+    without = stacked[:, 1] * likeness[1] + bias
+    assert torch.sigmoid(without).mean() < 0.7 * labels.mean()
+    assert torch.sigmoid(without + more[0]).mean() == pytest.approx(float(labels.mean()))
+    assert (taken + more >= 0).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-20, 20))
+def test_the_most_likely_constant_makes_the_mean_probability_the_share_of_same_pairs(seed: int, base: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = 3 * torch.randn(40, generator=generator, dtype=torch.float64) + base
+    labels = (torch.rand(40, generator=generator) < 0.4).double()
+    labels[:2] = torch.tensor([0.0, 1.0])
+    assert torch.sigmoid(scores + most_likely_constant(scores, labels)).mean() == pytest.approx(float(labels.mean()))
+
+
+def test_pairs_of_one_label_alone_say_nothing_of_a_constant() -> None:
+    assert most_likely_constant(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)) == 0

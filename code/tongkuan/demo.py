@@ -13,6 +13,7 @@ import torch
 from tongkuan.base.errors import entrypoint
 from tongkuan.base.files import check_writable
 from tongkuan.judge.check import score
+from tongkuan.match.score import match_score
 from tongkuan.ranks.place import num_ranks
 
 Verb = Callable[[Sequence[str]], int]
@@ -28,7 +29,7 @@ def demo(
     products: int | None,
     run_verb: Verb,
 ) -> None:
-    """sample, resize, split, train, predict, check, score, plot, report and match run, in `run_dir`; prints each."""
+    """sample, resize, split, train, predict, check, score, plot, report and match, in `run_dir`; prints each."""
     if nproc is not None:
         num_ranks(nproc)  # refused now rather than by a step of it
     started = time.monotonic()
@@ -64,8 +65,15 @@ def demo(
         figures[INPUTS[inputs]] = score(submit, answers)
         step("plot", "--submit", submit, "--pairs", answers)
         step("report", "--submit", submit, "--pairs", answers, "--data", data, "--run", folder / "train")
-    step("match", "run", "--data", data, "--model", run_dir / "weights/model.safetensors", "--out", run_dir / "match")
+    catalogue = run_dir / "match"
+    step(
+        "match", "run", "--data", data, "--model", run_dir / "weights" / "model.safetensors", "--out", catalogue, *ranks
+    )
+    announce("match", "score", "--out", catalogue, "--pairs", answers)
+    groups = match_score(catalogue, answers)
     print(f"\ndone in {time.monotonic() - started:.0f} s; F1 on products never trained on:")
     for name, f1 in figures.items():
         print(f"  {name:<18}{f1:.4f}")
-    print(f"next: open {run_dir / 'submit' / 'report.html'} in a browser")
+    print(f"  groups of all     {groups:.4f}")
+    pages = f"{run_dir / 'submit' / 'report.html'} and {catalogue / 'report.html'}"
+    print(f"next: open {pages} in a browser")

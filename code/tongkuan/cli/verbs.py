@@ -312,6 +312,12 @@ VERBS = {
         (opt.MATCHED,),
         "tongkuan.match.check:match_check",
     ),
+    "match score": Verb(
+        "F1 of a catalogue's groups by labelled pairs",
+        f"match score {MATCHED} {ANSWERS}",
+        (opt.MATCHED, opt.PAIRS),
+        "tongkuan.match.score:match_score",
+    ),
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
         "demo --run runs/quick --products 60 train.steps=100",

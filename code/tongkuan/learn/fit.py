@@ -31,6 +31,7 @@ WHITENED = ("text", "image")
 PENALTY = 1e-3  # of squared weights of columns of deviation 1, against the mean loss of a pair
 FIRST_ROOT = 0.1
 ITERATIONS = 300
+NEWTON = 50  # steps
 MOSTLY = 0.95  # of the items
 LEAST_ITEMS = 20  # that say something by a key, or it gets no slot
 
@@ -81,7 +82,11 @@ def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], features: Mapp
         usual = centre(columns)
         with torch.enable_grad():
             likeness, common, both, bias = regression(columns, labels)
-        lack = (likeness[: len(usual)] * usual).sqrt()
+        scores = torch.stack([*columns.likeness, *columns.common, *columns.both], dim=1)
+        scores = scores @ torch.cat([likeness, common, both]) + bias
+        taken = likeness[: len(usual)] * usual
+        more = corrections(columns, lost_together(tower), likeness, taken, scores, labels)
+        lack, bias = (taken + more).sqrt(), bias + more.sum()
         for (_, projection), weight, root in zip(tower.projected(), likeness, lack, strict=False):
             projection.scale.copy_(weight.sqrt())
             projection.lack.copy_(root)
@@ -106,6 +111,46 @@ def centre(columns: Columns) -> Tensor:
         usual[place] = mean.clamp(min=0)
         columns.likeness[place] = columns.likeness[place] - usual[place] * there
     return usual
+
+
+def lost_together(tower: OneTower) -> list[list[int]]:
+    """Places of the parts that an item lacks at once: all of its picture, its text, and each kind of word."""
+    names = [name for name, _ in tower.projected()]
+    pictured = [place for place, name in enumerate(names) if name != "text"]
+    kinds = len(KINDS) if tower.words is not None else 0
+    alone = [place for place in range(len(names) + kinds) if place not in pictured]
+    return [places for places in (pictured, *([place] for place in alone)) if places]
+
+
+def corrections(
+    columns: Columns, lost: Sequence[Sequence[int]], likeness: Tensor, taken: Tensor, scores: Tensor, labels: Tensor
+) -> Tensor:
+    """What to take away besides `taken` where both sides have a part: float64 (parts,), together at least 0.
+
+    The mean likeness is not enough: where it tells same from different pairs well, hardly any pair has it. So training
+    pairs are scored without the parts, and the constant that makes their labels most likely is what lacking them says.
+    """
+    more = torch.zeros_like(taken)
+    for places in lost:
+        there = torch.stack([columns.there[place] for place in places], dim=1).any(dim=1)
+        rest = scores - sum(likeness[place] * columns.likeness[place] for place in places)
+        usual = taken[places].sum()
+        constant = most_likely_constant(rest[there], labels[there]).clamp(min=-usual)
+        used = (likeness[places] > 0).double()
+        more[places] = constant * (taken[places] / usual if usual > 0 else used / used.sum().clamp(min=1))
+    return more
+
+
+def most_likely_constant(scores: Tensor, labels: Tensor) -> Tensor:
+    """To add to scores (N,), so that they are log-odds of labels on average. 0 when all labels are the same."""
+    constant = torch.zeros((), dtype=torch.float64)
+    if not 0 < labels.sum() < len(labels):
+        return constant
+    for _ in range(NEWTON):  # convex and one number: Newton's steps, each at most 1 long
+        chances = torch.sigmoid(scores + constant)
+        curvature = (chances * (1 - chances)).sum().clamp(min=1e-12)
+        constant += ((labels - chances).sum() / curvature).clamp(-1, 1)
+    return constant
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -158,4 +158,6 @@ def print_changed(changed: Changed, folder: Folder) -> None:
             f"warning: {changed.new_share:.0%} of the listings are new since the full run, and the local means of the "
             "others are of then: match run again with all of them"
         )
+    if folder.page.exists():
+        print(f"note: {folder.page} shows the groups of the full run")
     print(f"next: {entrypoint('match', 'check', '--out', folder.path)}")

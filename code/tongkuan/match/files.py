@@ -31,7 +31,7 @@ def sum_of(*facts: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Where a catalogue's files lie: FOLDER/KIND/part-NNNNNN.parquet, groups.parquet and manifest.json."""
+    """Where a catalogue's files lie: FOLDER/KIND/part-NNNNNN.parquet, groups.parquet, report.html and manifest.json."""
 
     path: Path
 
@@ -43,6 +43,11 @@ class Folder:
     def groups(self) -> Path:
         """The group of each listing."""
         return self.path / "groups.parquet"
+
+    @property
+    def page(self) -> Path:
+        """What a reader looks at."""
+        return self.path / "report.html"
 
     @property
     def manifest(self) -> Path:

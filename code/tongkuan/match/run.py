@@ -7,6 +7,7 @@
     labelled/part-NNNNNN.parquet    embeddings of labelled listings of valid, if the threshold is chosen on those
     pairs/part-NNNNNN.parquet       left < right, score, cosine, scaled cosine of what matches
     groups.parquet                  item_id, group_id (its smallest item_id), size, density, weakest score, mean cosine
+    report.html                     the largest, the loosest and the surest groups, with pictures
     manifest.json                   what made them, and the recall as measured
 
 Listings of bit-identical embeddings are one: pairs name the first of them, with which each other is paired.
@@ -30,9 +31,11 @@ from tongkuan.match.embed import Encoded, encode_partitions, load
 from tongkuan.match.files import Folder
 from tongkuan.match.join import Join, Listings, Summary, Verdict, write_groups
 from tongkuan.match.options import Options
+from tongkuan.match.page import write_page
 from tongkuan.match.scores import all_pairs
 from tongkuan.match.threshold import Threshold, from_labels, from_sample, warning
 from tongkuan.match.transaction import drop_changes, file_sums, write_manifest
+from tongkuan.report.views import Pictures
 from tongkuan.settings import Precision
 
 LABELLED = "labelled"
@@ -49,7 +52,7 @@ def match_run(
 ) -> None:
     """Match all listings of a split and print what was found. UserError before any encoding when an input is unfit."""
     folder = Folder(out_dir)
-    for path in (folder.groups, folder.manifest):
+    for path in (folder.groups, folder.page, folder.manifest):
         check_target(path)
     with ExitStack() as stack:
         with open_inference(data_dir, split, model_path, precision, encode_batch, read=read_no_pairs) as run:
@@ -66,7 +69,7 @@ def match_run(
             encoded = encode_partitions(run, run.store, item_ids, folder, "embeddings", options.partition_size)
             also = encode_labelled(run, data_dir, split, labelled, folder)
         if run.ranks.is_first:
-            finish(run, split, item_ids, folder, options, encoded, labelled, also)
+            finish(run, data_dir, split, item_ids, folder, options, encoded, labelled, also)
 
 
 def encode_labelled(
@@ -83,6 +86,7 @@ def encode_labelled(
 
 def finish(
     run: Inference,
+    data_dir: Path,
     split: str,
     item_ids: list[str],
     folder: Folder,
@@ -119,13 +123,15 @@ def finish(
         "counts": summary.counts,
         "files": file_sums(folder),
     }
+    notes = list(warnings(manifest, summary))
+    write_page(folder, run.items, Pictures(data_dir, encoded.blank), manifest, notes)
     write_manifest(folder, manifest)
-    print("\n".join(lines_on(folder, manifest, summary)))
+    print("\n".join([*lines_on(folder, manifest), *notes, f"next: open {folder.page} in a browser"]))
 
 
-def lines_on(folder: Folder, manifest: dict[str, Any], summary: Summary) -> Iterator[str]:
+def lines_on(folder: Folder, manifest: dict[str, Any]) -> Iterator[str]:
     """What to tell of a finished run."""
-    counts, threshold, blank = manifest["counts"], manifest["threshold"], manifest["blank_pictures"]
+    counts, threshold = manifest["counts"], manifest["threshold"]
     yield (
         f"{folder.groups}: {counts['listings']:,} listings, {counts['pairs']:,} matches, "
         f"{counts['groups']:,} groups of two or more, the largest {counts['largest']:,}"
@@ -134,13 +140,17 @@ def lines_on(folder: Folder, manifest: dict[str, Any], summary: Summary) -> Iter
     yield f"and score above {manifest['score_above']:.4f}, the model's threshold"
     recall = manifest["recall"]["of_matches"]
     yield f"recall {recall:.4f} of matches, on a sample held against all listings; {manifest['engine']}"
+
+
+def warnings(manifest: dict[str, Any], summary: Summary) -> Iterator[str]:
+    """What a reader of the result must know."""
+    blank = manifest["blank_pictures"]
     if large := summary.oversized:
         yield f"note: components split by a raised threshold first: {len(large):,}, the largest {large[0]:,} listings"
     if line := warning(summary.matches):
         yield line
     if blank:
         yield f"note: {len(blank)} pictures are missing or unreadable and count as blank, first {clip(blank[0])}"
-    yield f"next: read {folder.groups} and {folder.path / 'pairs'} with any tool for Parquet"
 
 
 def choose(

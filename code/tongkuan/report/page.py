@@ -7,7 +7,7 @@ JSON and set it as text. Scripts run by their hash alone, so that none can come 
 import base64
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,17 @@ def render(template: str, facts: Mapping[str, Any], data: Mapping[str, Any], pic
         "window.vegaEmbed = vegaEmbed;", vl_version=alt.SCHEMA_VERSION.rpartition(".")[0]
     )
     own = "".join((HERE / name).read_text(encoding="utf-8") for name in (*SHARED, SCRIPTS[template]))
+    scripts = {"library": library, "own": own, "data": compressed(data), "pictures": pictures}
+    return filled(template, {**facts, **scripts}, [script_hash(script) for script in (library, own)])
+
+
+def filled(template: str, facts: Mapping[str, Any], scripts: Sequence[str] = ("'none'",)) -> bytes:
+    """A page that runs these scripts and no others, by their hashes."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template(template).render(
-        **facts,
-        style=(HERE / "page.css").read_text(encoding="utf-8"),
-        library=library,
-        own=own,
-        policy=POLICY.format(scripts=" ".join(map(script_hash, (library, own)))),
-        data=compressed(data),
-        pictures=pictures,
+        **facts, style=(HERE / "page.css").read_text(encoding="utf-8"), policy=POLICY.format(scripts=" ".join(scripts))
     )
     return page.encode("utf-8", "replace")
 
