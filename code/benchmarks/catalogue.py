@@ -5,24 +5,41 @@
 Listings lie about a centre of their category, of about 500 listings, in directions of falling variance. A tenth stands
 in groups of 2 to 6 that sell one product, each about its own point. By default p is as long as q, as trained models
 have it, which is the harder case; `--p 0.25` makes the easier one.
+
+`--add 1000` matches all but that many on the disk, then adds those and asks about some, as `match add` and `match
+query` do once the listings are encoded.
 """
 
 import argparse
 import resource
+import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from tongkuan.encode.encode import Embeddings
+from tongkuan.match import files
 from tongkuan.match.candidates import build_index, exact_neighbours, index_neighbours
+from tongkuan.match.change import apply, columns_of
+from tongkuan.match.files import Folder
+from tongkuan.match.join import Join, Listings, Verdict, write_groups
+from tongkuan.match.options import Options
+from tongkuan.match.query import Searcher
 from tongkuan.match.scores import Catalogue, Pairs, all_pairs, candidate_pairs, local_means
+from tongkuan.match.state import open_state
 from tongkuan.match.threshold import from_sample
+from tongkuan.match.transaction import drop_changes, file_sums, write_manifest
 
 CATEGORY = 500  # listings
 GROUPED = 0.1  # of the listings
 NOISE = (0.2, 0.65)  # of a listing about its product, from and to
 SAMPLE = 2000  # rows that are held against all
+ASKED = 50  # listings that are asked about
 
 
 def make(num_listings: int, half: int, p_length: float, seed: int) -> tuple[Embeddings, NDArray[np.int64]]:
@@ -88,6 +105,64 @@ def measure(num_listings: int, half: int, p_length: float, k: int, recall: float
     note(f"sample held against all: {len(wanted):,} pairs, {shares}")
 
 
+def embedding_table(item_ids: Sequence[str], embeddings: Embeddings) -> pa.Table:
+    """Embeddings (N, 2D) as a file of them has them, without a category."""
+    columns = {
+        "item_id": pa.array(item_ids, pa.string()),
+        "category": pa.array([""] * len(item_ids), pa.string()),
+        "norm": np.linalg.norm(embeddings, axis=1),
+        "e": files.matrix(embeddings),
+    }
+    return pa.table(columns)
+
+
+def match_embeddings(
+    path: Path, item_ids: Sequence[str], embeddings: Embeddings, verdict: Verdict, options: Options
+) -> Folder:
+    """The folder that `match run` leaves of listings whose embeddings (N, 2D) are these."""
+    folder, made_of = Folder(path), files.sum_of(list(item_ids))
+    drop_changes(folder)
+    files.write_table(folder.part("embeddings", 0), columns_of(embedding_table(item_ids, embeddings)), made_of)
+    join = Join.of(Listings.of(list(item_ids), embeddings, [""] * len(item_ids)), [made_of], folder, options)
+    found = join.pairs(verdict)
+    manifest = {
+        "sha256": {"model": ""},
+        "options": asdict(options),
+        "threshold": {"value": verdict.threshold},
+        "score_above": verdict.score_floor,
+        "precision": "fp32",
+        "encode_batch": 32,
+        "recall": {"of_matches": join.measured_recall(found, verdict)},
+        "counts": write_groups(join, found, verdict, options.groups).counts,
+        "files": file_sums(folder),
+    }
+    write_manifest(folder, manifest)
+    return folder
+
+
+def measure_adding(count: int, num_added: int, half: int, p_length: float, floor: float, threshold: float) -> None:
+    """Print what adding to a catalogue on the disk takes, and asking."""
+    embeddings, _ = make(count + num_added, half, p_length, 0)
+    item_ids = [f"{row:09}" for row in range(len(embeddings))]
+    with tempfile.TemporaryDirectory() as top:
+        verdict, old = Verdict(floor, threshold), slice(0, count)
+        folder = match_embeddings(Path(top), item_ids[old], embeddings[old], verdict, Options())
+        added = embedding_table(item_ids[count:], embeddings[count:])
+        before, started = cpu(), time.perf_counter()
+        state = open_state(folder)
+        print(f"read {time.perf_counter() - started:.2f} s")
+        changed = apply(state, np.zeros(count, bool), added, "added")
+        spent = f"cpu {cpu() - before:.2f} s, wall {time.perf_counter() - started:.2f} s"
+        print(f"{num_added:,} added to {count:,}: {changed.matches:,} matches, {spent}")
+        started = time.perf_counter()
+        searcher = Searcher.of(open_state(folder))
+        print(f"loaded in {time.perf_counter() - started:.2f} s")
+        started = time.perf_counter()
+        for item_id in item_ids[:: len(item_ids) // ASKED]:
+            searcher.stored(item_id, 10)
+        print(f"one query {(time.perf_counter() - started) / len(item_ids[:: len(item_ids) // ASKED]):.4f} s")
+
+
 def main() -> None:
     """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +173,12 @@ def main() -> None:
     parser.add_argument("--recall", type=float, default=0.99)
     parser.add_argument("--engine", choices=("exact", "faiss"), default="faiss")
     parser.add_argument("--score-above", type=float, default=-2.0, help="the model's threshold")
+    parser.add_argument("--add", type=int, default=0, help="measure adding so many to --listings instead")
+    parser.add_argument("--threshold", type=float, default=0.1, help="of scaled cosines, with --add")
     given = parser.parse_args()
+    if given.add:
+        measure_adding(given.listings, given.add, given.half, given.p, given.score_above, given.threshold)
+        return
     measure(given.listings, given.half, given.p, given.candidates, given.recall, given.engine, given.score_above)
 
 

@@ -20,6 +20,7 @@ from worlds import ONE, tiny_preset
 from tongkuan import presets as config
 from tongkuan.cli.verbs import main, parser_of
 from tongkuan.model import encoders as model
+from tongkuan.records.items import read_items
 
 TOP = Path(__file__).resolve().parents[2]
 README, CHINESE = ((TOP / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
@@ -64,7 +65,8 @@ def test_the_example_of_a_help_works_as_it_stands_and_ends_in_what_to_type_next(
     shutil.copytree(demo, tmp_path / "copy")
     monkeypatch.setenv("PYTHONPATH", f"{TOP}/code:{TOP}")  # as the shell script does, for ranks
     monkeypatch.chdir(tmp_path / "copy")
-    type_in(parser_of(verb).example)
+    (item_id, *_) = read_items(Path("runs/demo/data/item_test_info.jsonl"))
+    type_in(re.sub(r"\bID\b", item_id, parser_of(verb).example))
     last = capfd.readouterr().out.strip().splitlines()[-1]
     assert re.match(r"(# )?next: ", last), last
 

@@ -22,7 +22,7 @@ import torch
 from commands import environment
 from PIL import Image
 from resize_worlds import hand_out
-from worlds import tiny_preset
+from worlds import make_data, read_jsonl, tiny_preset, write_jsonl
 
 pytestmark = pytest.mark.slow
 RANDOM, AIMED = 9, 6  # moments over the length of a run; moments at which a file is being written
@@ -123,8 +123,16 @@ def writing(count: int, seconds: float, folder: Path) -> None:
             return
 
 
-def check_kills(verbs: Verbs, tmp_path: Path, writes: int, command: Callable[[Path], Words]) -> None:
-    """`command(folder)` fills a folder, in so many writes. Killed at each moment, it ends as one never killed."""
+def check_kills(
+    verbs: Verbs, tmp_path: Path, writes: int, command: Callable[[Path], Words], start: Path | None = None
+) -> None:
+    """`command(folder)` fills a folder, in so many writes. Killed at each moment, it ends as one never killed.
+
+    With `start` each folder begins as a copy of that one.
+    """
+    if start is not None:
+        shutil.copytree(start, tmp_path / "warm")
+        shutil.copytree(start, tmp_path / "whole")
     verbs.finish(command(tmp_path / "warm"))
     length = verbs.finish(command(tmp_path / "whole"))
     whole = contents(tmp_path / "whole")
@@ -134,7 +142,10 @@ def check_kills(verbs: Verbs, tmp_path: Path, writes: int, command: Callable[[Pa
         tries += 1
         assert tries <= 3 * (RANDOM + AIMED), "most were done before they were killed"
         folder = tmp_path / f"broken{tries}"
-        folder.mkdir()
+        if start is None:
+            folder.mkdir()
+        else:
+            shutil.copytree(start, folder)
         moment = after(draw.uniform(0, length))
         if tries <= 2 * AIMED:
             moment = functools.partial(writing, draw.randint(1, writes), 2 * length)
@@ -176,6 +187,31 @@ def test_match(verbs: Verbs, data: Path, model: Path, tmp_path: Path) -> None:
     """With several partitions, and the labelled listings of valid."""
     words = ["match", "run", "--data", str(data), "--model", str(model), "--partition-size", "5"]
     check_kills(verbs, tmp_path, 14, lambda out: [*words, "--out", str(out / "match")])
+
+
+@pytest.fixture
+def matched(verbs: Verbs, model: Path, tmp_path: Path) -> Path:
+    """A folder with data, a matched catalogue and `new.jsonl`: listings to add, and three to update."""
+    top = tmp_path / "start"
+    data = make_data(top / "data")
+    rows = read_jsonl(data / "item_test_info.jsonl")
+    write_jsonl(data / "item_test_info.jsonl", rows[:12])
+    write_jsonl(top / "new.jsonl", [*rows[12:], *(row | {"title": "红茶"} for row in rows[:3])])
+    words = ["match", "run", "--data", data, "--model", model, "--partition-size", "4", "--out", top / "match"]
+    verbs.finish([*map(str, words), "--threshold", "-4"])
+    return top
+
+
+def test_match_add(verbs: Verbs, matched: Path, model: Path, tmp_path: Path) -> None:
+    """Embeddings by partitions, then the change: pairs with removed listings, new ones, groups, tombstones, the log."""
+    words = ["match", "add", "--data", str(matched / "data"), "--model", str(model), "--items"]
+    own = [*words, str(matched / "new.jsonl"), "--out"]
+    check_kills(verbs, tmp_path, 12, lambda top: [*own, str(top / "match")], matched)
+
+
+def test_match_remove(verbs: Verbs, matched: Path, tmp_path: Path) -> None:
+    words = ["match", "remove", "test-0-0", "test-1-1", "test-3-2", "--out"]
+    check_kills(verbs, tmp_path, 5, lambda top: [*words, str(top / "match")], matched)
 
 
 def raw_of(folder: Path, how: str = "zip") -> Path:

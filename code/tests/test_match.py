@@ -78,6 +78,16 @@ def test_identical_listings_are_one_and_keep_the_order_of_their_first() -> None:
     assert firsts.tolist() == [0, 1, 3] and numbers.tolist() == [0, 1, 0, 2, 1, 0]
 
 
+def test_two_listings_of_one_sum_are_still_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Zeros:
+        def integers(self, *_: object, size: int, dtype: type) -> np.ndarray:
+            return np.zeros(size, dtype)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda _: Zeros())
+    firsts, numbers = collapse(np.eye(3, dtype=np.float32)[[2, 0, 2, 1]])
+    assert firsts.tolist() == [0, 1, 3] and numbers.tolist() == [0, 1, 0, 2]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 

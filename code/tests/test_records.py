@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tongkuan.base.errors import UserError
 from tongkuan.records.attribute_syntax import plain
 from tongkuan.records.attributes import TEN_KEYS, item_text, normalise, parse_attributes
-from tongkuan.records.items import Item, Pair, info_row, pair_row, read_items, read_pairs
+from tongkuan.records.items import Item, Pair, info_row, pair_row, read_ids, read_items, read_pairs
 from tongkuan.records.result import format_embedding, parse_embedding, prediction_row, read_predictions
 
 # Without `#`, which is the strict writing's own sign; with everything that looser writings split at.
@@ -309,3 +309,10 @@ def test_a_bad_prediction_is_named(path: Path, change: dict[str, Any], message: 
     next(rows)
     with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{message}"):
         next(rows)
+
+
+def test_ids_are_read_from_a_list_or_from_items(tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes("\ufeff a \r\n\n商品\n".encode())
+    assert read_ids(tmp_path / "list") == ["a", "商品"]
+    (tmp_path / "items").write_text('{"item_id": 12}\n{"item_id": "b", "title": "c"}\n')
+    assert read_ids(tmp_path / "items") == ["12", "b"]

@@ -134,5 +134,6 @@ GROUPS = Option("--groups", "groups", "G", "average, or strict", "average", str,
 PARTITION_SIZE = Option("--partition-size", "partition_size", "N", "listings a file", 100_000, Whole(1, 10_000_000))
 PARTITIONS = Option("--partitions", "wanted", "A:B", "encode these alone: one job of many", type=span)
 RAY = Option("--ray", "ray_address", "HOST:PORT", "the nodes of this Ray cluster do it", type=ray_address)
+MATCHED = OUT.but("what match run made", metavar="DIR", parameter="out_dir", default=Path("match"))
 # Of the verbs that encode all items of a split.
 ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

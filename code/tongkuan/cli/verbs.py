@@ -21,6 +21,7 @@ from tongkuan.ranks.place import forget, num_ranks
 Target = str | Callable[..., Any]
 """A function, or `module:function`. It is called with the arguments that it has parameters for."""
 DEMO_DATA, DEMO_MODEL = "--data runs/demo/data", "--model runs/demo/weights/model.safetensors"
+MATCHED = "--out runs/demo/match"
 SUBMITTED, ANSWERS = "--submit runs/demo/submit", "--pairs runs/demo/data/item_test_answers.jsonl"
 MANY = 14  # options: naming them all above their list would take a third of a screen
 LINKS = """\
@@ -63,6 +64,13 @@ class Verb:
     has_ranks: bool = False
     more: str = ""
     """What --help says between the options and the example."""
+
+
+GROWN = """\
+New listings are held against all and each other. m of old ones stays as it was until the next match run.
+Only groups that a match leads to change; ids stay; DIR/changes lists whose group changed.
+
+"""
 
 
 VERBS = {
@@ -265,10 +273,52 @@ VERBS = {
         has_ranks=True,
         more=MATCH,
     ),
+    "match add": Verb(
+        "add listings to what match run made, or update them; the same command resumes",
+        f"match add --items runs/demo/data/item_valid_info.jsonl {DEMO_DATA} {DEMO_MODEL} {MATCHED}",
+        (
+            Option("--items", "items_path", "FILE", "new or changed listings", more={"required": True}),
+            opt.DATA.but("its images/ has their pictures"),
+            opt.MODEL.but("that match run was given"),
+            opt.MATCHED,
+        ),
+        "tongkuan.match.add:match_add",
+        outputs=("out_dir",),
+        more=GROWN,
+    ),
+    "match remove": Verb(
+        "remove listings from what match run made",
+        f"match remove ID {MATCHED}",
+        (
+            Option("", "item_ids", "ID", "listings to remove", type=None, more={"nargs": "*"}),
+            Option("--ids", "ids_path", "FILE", "more of them, an id a line or a file of items"),
+            opt.MATCHED,
+        ),
+        "tongkuan.match.add:match_remove",
+    ),
+    "match query": Verb(
+        "the nearest listings of a stored or a new one",
+        f"match query --top 5 {MATCHED}",
+        (
+            Option("--item", "item_id", "ID", "a stored listing (default: the first)", type=str),
+            Option("--json", "json_path", "FILE", "a new one, as a line of an item file"),
+            Option("--top", "top", "N", "how many to show", 10, Whole(1, 1000)),
+            opt.DATA.but("of --json: its images/ has the picture"),
+            opt.MODEL.but("of --json: that match run was given"),
+            opt.MATCHED,
+        ),
+        "tongkuan.match.query:match_query",
+    ),
+    "match check": Verb(
+        "whether what match run made is whole, and its recall as it is now",
+        f"match check {MATCHED}",
+        (opt.MATCHED,),
+        "tongkuan.match.check:match_check",
+    ),
     "match score": Verb(
         "F1 of a catalogue's groups by labelled pairs",
-        f"match score --out runs/demo/match {ANSWERS}",
-        (opt.OUT.but("of match run", metavar="DIR", parameter="out_dir", default=Path("match")), opt.PAIRS),
+        f"match score {MATCHED} {ANSWERS}",
+        (opt.MATCHED, opt.PAIRS),
         "tongkuan.match.score:match_score",
     ),
     "demo": Verb(
@@ -290,7 +340,7 @@ VERBS = {
 def usage() -> str:
     """What there is, a line a verb."""
     verbs = {name: verb.about for name, verb in VERBS.items()} | {"test": "the test suite"}
-    lines = "\n".join(f"  {name:<12}{about}" for name, about in verbs.items())
+    lines = "\n".join(f"  {name:<13}{about}" for name, about in verbs.items())
     return (
         "Tongkuan: do two shop listings sell the same product?\n\n"
         "./entrypoint.sh VERB [--option value] [section.key=value]\n\n"

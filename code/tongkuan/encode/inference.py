@@ -86,12 +86,16 @@ def open_inference(
     encode_batch: int | None = None,
     cache_dir: Path | None = None,
     read: PairReader = read_any_pairs,
+    items_path: Path | None = None,
 ) -> Iterator[Inference]:
-    """Read and check all inputs, then join the ranks. UserError before any encoding when one is unfit."""
+    """Read and check all inputs, then join the ranks. UserError before any encoding when one is unfit.
+
+    `items_path`: of items that are no split's, whose pictures lie with the others'.
+    """
     if cache_dir is not None:
         check_writable(cache_dir)
     model, card = load_model(model_path)
-    items_path, pairs_path = given(item_file(data_dir, split)), given(pair_file(data_dir, split))
+    items_path, pairs_path = given(items_path or item_file(data_dir, split)), given(pair_file(data_dir, split))
     items = read_items(items_path)
     pairs = read(pairs_path, items, items_path)
     store = open_store(items, data_dir, card.settings, card.open_tokenizer(), cache_mb=0)

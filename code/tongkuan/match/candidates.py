@@ -55,9 +55,17 @@ def collapse(embeddings: Embeddings) -> tuple[NDArray[np.int64], NDArray[np.int6
 
     Thousands of identical listings would fill each other's k places, and hide what else is near.
     """
-    width = embeddings.shape[1] * embeddings.itemsize
-    whole = np.ascontiguousarray(embeddings).view(np.dtype((np.void, width))).ravel()
-    _, firsts, numbers = np.unique(whole, return_index=True, return_inverse=True)
+    words = np.ascontiguousarray(embeddings).view(np.uint32)
+    # Sorting a number a row takes a tenth of the time of sorting whole rows.
+    factors = np.random.default_rng(SEED).integers(1 << 63, size=words.shape[1], dtype=np.uint64)
+    mixed = np.empty(len(words), np.uint64)
+    for start in range(0, len(words), BASE):
+        np.matmul(words[start : start + BASE].astype(np.uint64), factors, out=mixed[start : start + BASE])
+    _, firsts, numbers = np.unique(mixed, return_index=True, return_inverse=True)
+    again = np.flatnonzero(firsts[numbers] != np.arange(len(words)))
+    if not (words[again] == words[firsts[numbers[again]]]).all():  # two rows of one number
+        whole = words.view(np.dtype((np.void, words.shape[1] * words.itemsize))).ravel()
+        _, firsts, numbers = np.unique(whole, return_index=True, return_inverse=True)
     order = np.argsort(firsts)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))

@@ -141,40 +141,28 @@ class Join:
         cosines = np.r_[pairs.cosines, np.ones(len(own))]
         scaled = np.r_[pairs.scaled, 2 - 2 * self.catalogue.means[own]]
         scores = np.r_[pairs.scores, exact_scores(self.catalogue.embeddings, own, own)]
-        sides = [(min(a, b), max(a, b)) for a, b in zip(left, right, strict=True)]
-        order = np.array(sorted(range(len(sides)), key=sides.__getitem__), dtype=np.int64)
-        return {
-            "left": pa.array([sides[place][0] for place in order], pa.string()),
-            "right": pa.array([sides[place][1] for place in order], pa.string()),
-            "score": scores[order],
-            "cosine": cosines[order].astype(np.float32),
-            "scaled": scaled[order].astype(np.float32),
-        }
+        return pair_columns(left, right, scores, cosines, scaled)
 
     def sample(self) -> Rows:
         """Rows of listings that are held against all others, the same each time."""
-        count = len(self.catalogue.embeddings)
-        chosen = np.random.default_rng(SEED).choice(count, min(count, SAMPLE), replace=False)
-        return np.sort(chosen).astype(np.int32)
+        return sample_of(self.catalogue)
 
     def measured_recall(self, found: Pairs, verdict: Verdict) -> float:
         """Share of the sample's matches with any listing that were found: 0 to 1."""
-        wanted = all_pairs(self.catalogue, self.sample(), verdict.score_floor, verdict.threshold, is_upper=False)
-        return float(np.isin(keys(wanted), keys(found)).sum()) / len(wanted) if len(wanted) else 1.0
+        return measured_recall(self.catalogue, found, verdict)
 
-    def scaled(self, rows: Rows) -> Numbers:
-        """Scaled cosines (n, n) of all pairs of some listings."""
-        units = self.catalogue.embeddings[rows].astype(np.float64)
-        lengths = np.linalg.norm(units, axis=1, keepdims=True)
-        units /= np.where(lengths > 0, lengths, 1)
-        means = self.catalogue.means[rows]
-        found: Numbers = 2 * np.einsum("id,jd->ij", units, units) - means[:, None] - means
-        return found
 
-    def scores(self, rows: Rows) -> Numbers:
-        """The model's scores (n, n) of all pairs of some listings."""
-        left, right = (side.ravel() for side in np.meshgrid(rows, rows, indexing="ij"))
-        return exact_scores(self.catalogue.embeddings, left, right).reshape(len(rows), len(rows))
+def sample_of(catalogue: Catalogue) -> Rows:
+    """Rows of listings that are held against all others, the same each time."""
+    count = len(catalogue.embeddings)
+    chosen = np.random.default_rng(SEED).choice(count, min(count, SAMPLE), replace=False)
+    return np.sort(chosen).astype(np.int32)
+
+
+def measured_recall(catalogue: Catalogue, found: Pairs, verdict: Verdict) -> float:
+    """Share of the sample's matches with any listing that were found: 0 to 1."""
+    wanted = all_pairs(catalogue, sample_of(catalogue), verdict.score_floor, verdict.threshold, is_upper=False)
+    return float(np.isin(keys(wanted), keys(found)).sum()) / len(wanted) if len(wanted) else 1.0
 
 
 def matches(catalogue: Catalogue, neighbours: Neighbours, by_score: bool, verdict: Verdict, rows: slice) -> Pairs:
@@ -191,6 +179,21 @@ def keys(pairs: Pairs) -> NDArray[np.int64]:
     return low.astype(np.int64) << 32 | high
 
 
+def pair_columns(
+    left: Sequence[str], right: Sequence[str], scores: Numbers, cosines: Numbers, scaled: Numbers
+) -> dict[str, Any]:
+    """A file of pairs, (P,) each, in the order of ids, the smaller one of each pair left."""
+    sides = [(min(a, b), max(a, b)) for a, b in zip(left, right, strict=True)]
+    order = np.array(sorted(range(len(sides)), key=sides.__getitem__), dtype=np.int64)
+    return {
+        "left": pa.array([sides[place][0] for place in order], pa.string()),
+        "right": pa.array([sides[place][1] for place in order], pa.string()),
+        "score": scores[order],
+        "cosine": cosines[order].astype(np.float32),
+        "scaled": scaled[order].astype(np.float32),
+    }
+
+
 def read_pairs(table: pa.Table, firsts: pa.Array) -> Pairs:
     """Pairs of distinct rows from a file; those of a listing with what it stands for are left out."""
     rows = [pc.index_in(table[side], value_set=firsts) for side in ("left", "right")]
@@ -199,6 +202,25 @@ def read_pairs(table: pa.Table, firsts: pa.Array) -> Pairs:
     kept = table.filter(is_distinct)
     scores, cosines, scaled = (kept[name].to_numpy().astype(np.float64) for name in ("score", "cosine", "scaled"))
     return Pairs(left, right, scores, cosines, scaled)
+
+
+def group_columns(
+    item_ids: Sequence[str],
+    group_ids: Sequence[str],
+    sizes: NDArray[np.int64],
+    densities: Numbers,
+    weakest: Numbers,
+    means: Numbers,
+) -> dict[str, Any]:
+    """The file of groups, (N,) each; `weakest` is NaN where there is none."""
+    return {
+        "item_id": pa.array(item_ids, pa.string()),
+        "group_id": pa.array(group_ids, pa.string()),
+        "size": sizes.astype(np.int32),
+        "density": densities.astype(np.float32),
+        "weakest": pa.array(weakest, mask=np.isnan(weakest)),
+        "mean": means,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,33 +234,37 @@ class Summary:
     """(N,), of each listing."""
 
 
+def counted(group_ids: Sequence[str], sizes: NDArray[np.integer[Any]], distinct: int, pairs: int) -> dict[str, int]:
+    """What a manifest counts, from the group and the size of it of each listing (N,)."""
+    return {
+        "listings": len(group_ids),
+        "distinct": distinct,
+        "pairs": pairs,
+        "groups": len({group_ids[row] for row in np.flatnonzero(sizes > 1).tolist()}),
+        "largest": int(sizes.max()),
+    }
+
+
 def write_groups(join: Join, found: Pairs, verdict: Verdict, grouping: Grouping) -> Summary:
     """Link the matches to groups and write them, a row a listing in the order of the items."""
     items, copies, count = join.listings, join.listings.copies, len(join.listings.firsts)
-    linked = group(count, found.left, found.right, found.scaled, verdict.threshold, join.scaled, grouping)
-    about = facts(linked.labels, copies, found.left, found.right, join.scores)
-    ids = np.array(items.item_ids, dtype=object)
+    linked = group(count, found.left, found.right, found.scaled, verdict.threshold, join.catalogue.scaled, grouping)
+    about = facts(linked.labels, copies, found.left, found.right, join.catalogue.scores)
     labels = linked.labels[items.numbers]
     smallest: dict[int, str] = {}
     for label, item_id in zip(labels.tolist(), items.item_ids, strict=True):
         smallest[label] = min(smallest.get(label, item_id), item_id)
-    weakest = about.weakest[items.numbers]
-    columns = {
-        "item_id": pa.array(ids, pa.string()),
-        "group_id": pa.array([smallest[label] for label in labels.tolist()], pa.string()),
-        "size": about.sizes[items.numbers].astype(np.int32),
-        "density": about.densities[items.numbers].astype(np.float32),
-        "weakest": pa.array(weakest, mask=np.isnan(weakest)),
-    }
+    group_ids = [smallest[label] for label in labels.tolist()]
+    columns = group_columns(
+        items.item_ids,
+        group_ids,
+        about.sizes[items.numbers],
+        about.densities[items.numbers],
+        about.weakest[items.numbers],
+        join.catalogue.means[items.numbers],
+    )
     made_of = sum_of(join.made_of, verdict.score_floor, verdict.threshold, grouping)
     files.write_table(join.folder.groups, columns, made_of)
     partners = np.bincount(found.left, copies[found.right], count) + np.bincount(found.right, copies[found.left], count)
-    sizes = np.bincount(labels, minlength=1)
-    counts = {
-        "listings": len(items.item_ids),
-        "distinct": count,
-        "pairs": len(found) + len(items.item_ids) - count,
-        "groups": int((sizes > 1).sum()),
-        "largest": int(sizes.max()),
-    }
+    counts = counted(group_ids, columns["size"], count, len(found) + len(items.item_ids) - count)
     return Summary(counts, linked.oversized, (partners + copies - 1).astype(np.int64)[items.numbers])

@@ -6,7 +6,7 @@
     neighbours/part-NNNNNN.parquet  of each distinct listing the nearest by cosine, by number
     labelled/part-NNNNNN.parquet    embeddings of labelled listings of valid, if the threshold is chosen on those
     pairs/part-NNNNNN.parquet       left < right, score, cosine, scaled cosine of what matches
-    groups.parquet                  item_id, group_id (its smallest item_id), size, density, weakest score
+    groups.parquet                  item_id, group_id (its smallest item_id), size, density, weakest score, mean cosine
     report.html                     the largest, the loosest and the surest groups, with pictures
     manifest.json                   what made them, and the recall as measured
 
@@ -21,11 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tongkuan import __version__
 from tongkuan.base.errors import UserError, clip
-from tongkuan.base.files import check_target, publish, sha256_of, sole_process
+from tongkuan.base.files import check_target, sha256_of, sole_process
 from tongkuan.encode.encode import batch_size, slow_precision
 from tongkuan.encode.inference import Inference, open_inference, read_no_pairs
 from tongkuan.encode.store import open_store
@@ -38,6 +36,7 @@ from tongkuan.match.options import Options
 from tongkuan.match.page import write_page
 from tongkuan.match.scores import all_pairs
 from tongkuan.match.threshold import Threshold, from_labels, from_sample, warning
+from tongkuan.match.transaction import drop_changes, file_sums, write_manifest
 from tongkuan.report.views import Pictures
 from tongkuan.settings import Precision
 
@@ -74,6 +73,7 @@ def match_run(
             if run.ranks.is_first:
                 stack.enter_context(sole_process(out_dir, shared=wanted is not None))
                 folder.manifest.unlink(missing_ok=True)  # until all that it speaks of is there
+                drop_changes(folder)
                 if line := slow_precision(run.ranks.device, precision):
                     print(line)
             size = options.partition_size
@@ -165,11 +165,11 @@ def finish(
         "score_above": score_floor,
         "threshold": asdict(threshold),
         "counts": summary.counts,
+        "files": file_sums(folder),
     }
     notes = list(warnings(manifest, summary))
     write_page(folder, run.items, Pictures(data_dir, encoded.blank), manifest, notes)
-    with publish(folder.manifest) as file:
-        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")
+    write_manifest(folder, manifest)
     print("\n".join([*lines_on(folder, manifest), *notes, f"next: open {folder.page} in a browser"]))
 
 

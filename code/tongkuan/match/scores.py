@@ -56,6 +56,20 @@ class Catalogue:
     categories: Rows
     """(N,): only listings of one category are compared."""
 
+    def scaled(self, rows: Rows) -> Numbers:
+        """Scaled cosines (n, n) of all pairs of some listings."""
+        units = self.embeddings[rows].astype(np.float64)
+        lengths = np.linalg.norm(units, axis=1, keepdims=True)
+        units /= np.where(lengths > 0, lengths, 1)
+        means = self.means[rows]
+        found: Numbers = 2 * np.einsum("id,jd->ij", units, units) - means[:, None] - means
+        return found
+
+    def scores(self, rows: Rows) -> Numbers:
+        """The model's scores (n, n) of all pairs of some listings."""
+        left, right = (side.ravel() for side in np.meshgrid(rows, rows, indexing="ij"))
+        return exact_scores(self.embeddings, left, right).reshape(len(rows), len(rows))
+
 
 def exact_scores(embeddings: Embeddings, left: Rows, right: Rows) -> Numbers:
     """The model's score of each pair, float64 (P,)."""

@@ -13,7 +13,8 @@ import orjson
 
 from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.records.attribute_syntax import canonical, digits_of, pairs_of_value
-from tongkuan.records.rows import read_rows
+from tongkuan.records.rows import given, lines_of, read_rows
+from tongkuan.records.streams import open_stream, reading
 
 # From here on two whole numbers can be one float.
 MAX_EXACT = 2**53
@@ -212,3 +213,18 @@ def pair_row(pair: Pair) -> bytes:
     """A pair line in the organiser's format."""
     label = {} if pair.label is None else {"item_label": str(pair.label)}
     return orjson.dumps({"src_item_id": pair.left, "tgt_item_id": pair.right, **label}) + b"\n"
+
+
+def read_ids(path: Path, advice: str = "name a file of one item_id a line") -> list[str]:
+    """Ids of a text file, one a line, or of a file of items. UserError when it is neither."""
+    with open_stream(given(path), advice) as stream, reading(path):
+        lines = list(lines_of(stream.file, path))
+    if lines and lines[0][1].lstrip()[:1] in (b"{", b"["):
+        return list(read_items(path, advice))
+    ids = []
+    for number, text in lines:
+        try:
+            ids.append(text.decode().strip())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not UTF-8; write one item_id a line in UTF-8") from error
+    return ids
