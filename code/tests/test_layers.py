@@ -11,7 +11,7 @@ TOP = CODE.parent
 PACKAGES = {CODE: "tongkuan", TOP: "data_scripts"}
 # A room may import what stands before it, and of its own what makes no circle.
 ROOMS = ["base", "records", "settings", "presets", "ranks", "model", "encode", "learn", "result", "judge", "report"]
-ROOMS += ["match", "dryrun", "demo", "cli", "__main__"]
+ROOMS += ["match", "export", "dryrun", "demo", "cli", "__main__"]
 IMPORT_NAMES = {
     "axe-playwright-python": "axe_playwright_python",
     "cykooz-resizer": "cykooz_resizer",
