@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def largest_difference(
 
 
 def measure(
-    encoder: OnnxEncoder, model: nn.Module, store: ItemStore, batches: Sequence[Sequence[str]], progress: "tqdm[None]"
+    encoder: OnnxEncoder, model: nn.Module, store: ItemStore, batches: Sequence[Sequence[str]], progress: "tqdm[Any]"
 ) -> Speed:
     """Both in turn, TURNS times, on batches that are read already; `progress` goes on by one a turn."""
     read = [store.batch(item_ids) for item_ids in batches]

@@ -4,6 +4,7 @@ An exported file is one .onnx that holds all that it takes: weights, tokenizer, 
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import orjson
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tongkuan.base.errors import UserError, clip, missing
+from tongkuan.base.errors import UserError, clip, missing, quote
 from tongkuan.records.arrays import fit_tokenizer, padded_tokens, padded_words, stacked_pictures
 from tongkuan.records.attributes import AttributeStyle, item_text
 from tongkuan.records.items import Item
@@ -23,7 +24,7 @@ from tongkuan.records.words import words_of
 
 FORMAT = "tongkuan-onnx-1"
 CARD_KEY = "tongkuan"  # of an .onnx file's metadata
-RUNTIME = {"onnxruntime": "1.32.0"}  # as pyproject.toml pins it
+RUNTIME = "onnxruntime==1.32.0"  # as pyproject.toml pins it
 PICTURES, TOKENS, WORDS = ("images", "has_image"), ("ids", "mask"), ("buckets", "owners")
 """Inputs of a graph; it has those that its model reads."""
 EMBEDDINGS = "embeddings"
@@ -124,14 +125,9 @@ def import_runtime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise absent("onnxruntime", RUNTIME) from error
+        command = f"{quote(Path(sys.executable))} -m pip install {RUNTIME}"
+        raise UserError(f"the Python package onnxruntime is not installed; install it: {command}") from error
     return onnxruntime
-
-
-def absent(name: str, wanted: dict[str, str]) -> UserError:
-    """The error for a package of the extra `export` that is not installed."""
-    pins = " ".join(f"{package}=={version}" for package, version in wanted.items())
-    return UserError(f"the Python package {name} is not installed; install it: python -m pip install {pins}")
 
 
 def parse_card(path: Path, about: str) -> Card:

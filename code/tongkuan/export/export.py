@@ -6,6 +6,7 @@
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -86,7 +87,7 @@ def exported(out: Path, model: ItemModel, about: Card, stores: list[ItemStore]) 
 
 
 def speeds(
-    encoder: OnnxEncoder, model: ItemModel, store: ItemStore, ids: list[str], batch: int, progress: "tqdm[None]"
+    encoder: OnnxEncoder, model: ItemModel, store: ItemStore, ids: list[str], batch: int, progress: "tqdm[Any]"
 ) -> list[Speed]:
     """Of whole batches, and of one listing at a time."""
     whole = cut(ids, batch)

@@ -86,9 +86,9 @@ def trace(model: ItemModel, settings: ModelSettings, batch: Batch) -> OnnxGraph:
             torch.onnx.export(
                 traced,
                 tensors,
-                file,
+                file,  # type: ignore[arg-type]  # which it writes to as well as to a path
                 export_params=False,
-                # What could be computed ahead the runtime computes ahead; here it would replace weights by nameless ones.
+                # Either would put weights without a name in the place of ours. The runtime does both when it loads.
                 do_constant_folding=False,
                 training=torch.onnx.TrainingMode.PRESERVE,
                 input_names=list(names),

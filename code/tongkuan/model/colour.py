@@ -49,7 +49,7 @@ def whole_colours(rgb: Tensor) -> Tensor:
 
 def small(rgb: Tensor) -> Tensor:
     """SIDE x SIDE pixels, each the mean of what it stands for."""
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export():
         return pooled_in_order(rgb.float())
     return functional.adaptive_avg_pool2d(rgb.float(), SIDE)
 
@@ -65,16 +65,16 @@ def pooled_in_order(rgb: Tensor) -> Tensor:
     for (row, is_row), (column, is_column) in itertools.product(rows, columns):
         inside = is_row.unsqueeze(1) & is_column
         total = total + torch.where(inside, rgb[:, :, row][..., column], 0.0)
-    heights, widths = (sum(is_there.float() for _, is_there in steps) for steps in (rows, columns))
+    heights, widths = (torch.stack([is_there for _, is_there in steps]).sum(dim=0) for steps in (rows, columns))
     return total / heights.unsqueeze(1) / widths
 
 
 def windows(side: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """For each step into the SIDE windows of an axis: int64 (SIDE,) places, bool (SIDE,) whether still in the window."""
+    """Step by step into the SIDE windows of an axis: int64 (SIDE,) places, bool (SIDE,) whether still within."""
     starts = [place * side // SIDE for place in range(SIDE)]
     ends = [-(-(place + 1) * side // SIDE) for place in range(SIDE)]
     longest = max(end - start for start, end in zip(starts, ends, strict=True))
-    first, last = (torch.tensor(ends_, device=device) for ends_ in (starts, ends))
+    first, last = (torch.tensor(places, device=device) for places in (starts, ends))
     return [((first + step).clamp(max=side - 1), first + step < last) for step in range(longest)]
 
 
