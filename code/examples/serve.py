@@ -1,7 +1,7 @@
 """One listing in, its matches out, without torch: ONNX Runtime, numpy, Pillow, tokenizers and records of ours.
 
     echo '{"title": "帆布鞋", "attributes": "颜色:白", "picture": "a.jpg"}' |
-        PYTHONPATH=code .venv/bin/python -P code/examples/serve.py --model model.onnx --catalogue match --pictures photos
+        PYTHONPATH=code .venv/bin/python -P code/examples/serve.py --model m.onnx --catalogue match --pictures photos
 
 Each line of standard input is a listing as JSON: title, attributes and sku_attributes (a text or an object), picture (a
 file's name in --pictures) and category, each of which may be left out. Each is answered by a line, in order:

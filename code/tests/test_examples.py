@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import timm
+from docs.reference import COMMAND, NAMES, REFERENCE, options_of, reference, setting_rows
 from release_worlds import make_release
 from safetensors.torch import save_file
 from test_layers import ROOMS
 from worlds import ONE, tiny_preset
 
-from docs.reference import COMMAND, NAMES, REFERENCE, options_of, reference, setting_rows
 from tongkuan import presets as config
 from tongkuan.cli.verbs import main, parser_of
 from tongkuan.model import encoders as model

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import licences
 import orjson
 import pytest
 
-import licences
 from tongkuan.base.errors import IMAGE
 
 CODE = Path(__file__).resolve().parents[1]
