@@ -123,7 +123,8 @@ def test_a_pooled_picture_has_the_bits_that_torch_pools() -> None:
         assert torch.equal(pooled_in_order(picture), adaptive_avg_pool2d(picture, SIDE))
 
 
-def test_the_same_model_gives_the_same_bytes(model: Path, onnx: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_process_writes_the_same_bytes(model: Path, onnx: Path, data: Path, tmp_path: Path) -> None:
     words = [*map(str, ("export", "--model", model, "--data", data, "--out", tmp_path / "again.onnx"))]
     code = (
         "from tongkuan.cli.verbs import main; from tongkuan.export import compare; "
@@ -173,6 +174,7 @@ def test_weights_that_one_file_cannot_hold_lie_beside_it(
     monkeypatch.undo()
     exported(model, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == onnx.read_bytes()
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(
@@ -203,7 +205,7 @@ def test_a_file_that_is_none_of_ours_is_one_line(onnx: Path, tmp_path: Path) -> 
         with pytest.raises(UserError) as caught:
             OnnxEncoder(path)
         assert str(caught.value).startswith(f"{path}: "), name
-    with pytest.raises(UserError, match="no such file; make it: ./entrypoint.sh export"):
+    with pytest.raises(UserError, match="no such file; make it: "):
         OnnxEncoder(tmp_path / "nowhere")
 
 
