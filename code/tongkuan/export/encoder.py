@@ -78,7 +78,9 @@ class OnnxEncoder:
         known = {*PICTURES, *TOKENS, *WORDS}
         size = shapes["images"][-1] if "images" in shapes else 1
         is_size = isinstance(size, int) and 1 <= size <= LARGEST_PICTURE
-        if shapes.keys() - known or found.name != EMBEDDINGS or not isinstance(found.shape[-1], int) or not is_size:
+        reads_tokens = "ids" in shapes
+        is_ours = not shapes.keys() - known and found.name == EMBEDDINGS and isinstance(found.shape[-1], int)
+        if not is_ours or not is_size or reads_tokens != (self.card.tokenizer is not None):
             raise UserError(f"{path}: its inputs and outputs are not those that ./entrypoint.sh export writes")
         self.inputs, self.size, self.width = frozenset(shapes), int(size), int(found.shape[-1])
         self.tokenizer = self.card.tokenizer and Tokenizer.from_str(self.card.tokenizer)
