@@ -81,6 +81,7 @@ COPY --chmod=755 code/*.toml code/*.lock code/*.md code/*.py code/
 COPY --chmod=755 code/presets code/presets
 COPY --chmod=755 code/benchmarks code/benchmarks
 COPY --chmod=755 code/docs code/docs
+COPY --chmod=755 code/examples code/examples
 COPY --chmod=755 code/tests code/tests
 COPY --chmod=755 code/tongkuan code/tongkuan
 # Compiled by content, not by time: the same bytes in every build. What the verbs write to is open to any

@@ -11,7 +11,7 @@ TOP = CODE.parent
 PACKAGES = {CODE: "tongkuan", TOP: "data_scripts"}
 # A room may import what stands before it, and of its own what makes no circle.
 ROOMS = ["base", "records", "settings", "presets", "ranks", "model", "encode", "learn", "result", "judge", "report"]
-ROOMS += ["match", "dryrun", "demo", "cli", "__main__"]
+ROOMS += ["match", "export", "dryrun", "demo", "cli", "__main__"]
 IMPORT_NAMES = {
     "axe-playwright-python": "axe_playwright_python",
     "cykooz-resizer": "cykooz_resizer",
@@ -76,6 +76,17 @@ def test_base_and_records_need_no_torch() -> None:
             assert not tops & {"torch", "transformers", "timm"}, name
 
 
+def test_what_runs_an_exported_model_needs_no_torch() -> None:
+    known, seen = modules(), set()
+    todo = {"tongkuan.export.encoder"}
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        names = imported(known[name], everywhere=False)
+        assert not {other.split(".")[0] for other in names} & {"torch", "transformers", "timm"}, name
+        todo |= (names & known.keys()) - seen
+
+
 def test_every_dependency_is_used_and_explained() -> None:
     project = tomllib.loads((CODE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     explained = (CODE / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -83,7 +94,8 @@ def test_every_dependency_is_used_and_explained() -> None:
     sources = [*CODE.glob("tongkuan/**/*.py"), *CODE.parent.glob("data_scripts/**/*.py")]
     used = {name.split(".")[0] for path in sources for name in imported(path)}
     presets = "".join(path.read_text(encoding="utf-8") for path in CODE.glob("presets/*.yaml"))
-    for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
+    extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
+    for requirement in project["dependencies"] + extras:
         name = requirement.split("==")[0].split(">=")[0]
         assert name in explained, f"{name} has no reason in CONTRIBUTING.md"
         assert f"\n{name}==" in f"\n{lock}", f"{name} is not locked"

@@ -58,5 +58,6 @@ WRITERS: dict[str, Callable[[World], list[object]]] = {
     "report": lambda world: world.judge("report", "--data", world.data, "--out", world.out / "a.html"),
     "explain": lambda world: [*world.predict("explain"), "--out", world.out / "a.html"],
     "match run": lambda world: ["match", "run", *world.predict()[1:], "--out", world.out],
+    "export": lambda world: ["export", "--model", world.model, "--out", world.out / "a.onnx"],
     "demo": lambda world: ["demo", "--run", world.out],
 }

@@ -321,6 +321,19 @@ VERBS = {
         (opt.MATCHED, opt.PAIRS),
         "tongkuan.match.score:match_score",
     ),
+    "export": Verb(
+        "the item encoder as an ONNX file, compared with torch; see code/examples/serve.py",
+        f"export {DEMO_DATA} {DEMO_MODEL} --out runs/mine/model.onnx",
+        (
+            opt.MODEL,
+            opt.DATA.but("listings to compare on (default: made ones)", default=None),
+            opt.SPLIT,
+            Option("--items", "items", "N", "of the split to compare on", 32, Whole(1, 100_000)),
+            opt.OUT.but("the file", default=Path("weights/model.onnx")),
+        ),
+        "tongkuan.export.export:export",
+        outputs=("out",),
+    ),
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
         "demo --run runs/quick --products 60 train.steps=100",
@@ -378,7 +391,8 @@ def main(argv: Sequence[str]) -> int:
     if written := {name: given[name] for name in verb.outputs if given[name] is not None}:
         folders = [path for name, path in written.items() if name.endswith("_dir")]
         files = [path for name, path in written.items() if not name.endswith("_dir")]
-        check_apart_from_data(given["data_dir"], folders, files)
+        if given["data_dir"] is not None:
+            check_apart_from_data(given["data_dir"], folders, files)
     if not verb.has_ranks or given.get("ray_address"):
         forget()
     elif (count := num_ranks(given["nproc"])) > 1:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tongkuan.base.errors import UserError
 from tongkuan.model.trunk import constant
+from tongkuan.records import arrays
+from tongkuan.records.arrays import fit_tokenizer, padded_tokens, stacked_pictures
 from tongkuan.records.attributes import coverage_lines, item_text
 from tongkuan.records.items import Item
 from tongkuan.records.pictures import SIDE, UnreadableError, prepared_side, read_image
@@ -32,7 +34,6 @@ LONGEST_ROW = 1 << 16  # bytes, of a ledger
 
 KEPT_BESIDE = 250  # bytes that keeping an array takes beside its numbers: the object, its place in a dictionary
 TEXTS_AT_ONCE = 1024  # tokenised together when only their lengths are asked for
-NO_WORD = Word(0, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +120,9 @@ class ItemStore:
         self._tokens: dict[str, NDArray[np.int32]] = {}
         self._room = cache_mb << 20
         self._lock = threading.Lock()
+        self._padding = 0
         if tokenizer is not None:
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(settings.text.max_tokens)
-            self._pad = tokenizer.token_to_id("[PAD]") or 0
+            self._padding = fit_tokenizer(tokenizer, settings.text.max_tokens)
 
     def tokens(self, item_ids: Sequence[str]) -> list[NDArray[np.int32]]:
         """Token ids (T,) of each item's text, T at most max_tokens, [CLS] first; (0,) for a model without texts."""
@@ -180,20 +180,12 @@ class ItemStore:
     def batch(self, item_ids: Sequence[str]) -> Batch:
         """Tensors of the items in this order, texts padded to the longest."""
         size = self.settings.image.size if self.settings.inputs != "text" else 1
-        images = np.zeros((len(item_ids), 3, size, size), dtype=np.uint8)
-        has_image = np.zeros(len(item_ids), dtype=bool)
-        for row, item_id in enumerate(item_ids):
-            if (image := self.image(item_id)) is not None:
-                images[row], has_image[row] = image, True
-        tokens = self.tokens(item_ids)
-        width = max(1, *(len(row) for row in tokens))
-        ids = np.full((len(item_ids), width), self._pad if self.tokenizer else 0, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for number, row_tokens in enumerate(tokens):
-            ids[number, : len(row_tokens)] = row_tokens
-            mask[number, : len(row_tokens)] = 1
+        read = (
+            *stacked_pictures([self.image(item_id) for item_id in item_ids], size),
+            *padded_tokens(self.tokens(item_ids), self._padding),
+        )
         words = padded_words([self.words(item_id) for item_id in item_ids]) if self.reads_words else ()
-        return Batch(*(torch.from_numpy(array) for array in (images, has_image, ids, mask)), words=words)
+        return Batch(*map(torch.from_numpy, read), words=words)
 
     @property
     def reads_words(self) -> bool:
@@ -219,10 +211,9 @@ class ItemStore:
 
 
 def padded_words(rows: Sequence[Sequence[Word]]) -> tuple[Tensor, Tensor]:
-    """Buckets and owners of each item's words, int64 (N, G); owners are -1 where there is none."""
-    width = max(1, *map(len, rows))
-    both = torch.tensor([[*row, *[NO_WORD] * (width - len(row))] for row in rows], dtype=torch.int64)
-    return both[..., 0].contiguous(), both[..., 1].contiguous()
+    """`arrays.padded_words` as tensors."""
+    buckets, owners = arrays.padded_words(rows)
+    return torch.from_numpy(buckets), torch.from_numpy(owners)
 
 
 def open_store(

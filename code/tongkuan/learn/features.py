@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tongkuan.encode.encode import encode
-from tongkuan.encode.store import NO_WORD, ItemStore, padded_words
+from tongkuan.encode.store import ItemStore, padded_words
 from tongkuan.model.trunk import ItemModel
 from tongkuan.ranks.group import Ranks
+from tongkuan.records.arrays import NO_WORD
 from tongkuan.settings import DataSettings
 
 BYTES = 4  # a number

@@ -5,6 +5,8 @@ on plain ground. Of everything, and of the middle: hue, saturation and value, fo
 Square roots of shares, so that an inner product is the Bhattacharyya coefficient (Bhattacharyya 1943).
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -28,7 +30,8 @@ def object_colours(rgb: Tensor) -> Tensor:
     """CIELAB of what is not ground: rgb float (N, 3, S, S) in 0..1 -> float (N, OBJECT_WIDTH)."""
     lab = to_lab(small(rgb))  # (N, 3, SIDE, SIDE)
     sides = (lab[..., :BORDER, :], lab[..., :BORDER], lab[..., -BORDER:])
-    ground = torch.cat([side.flatten(2) for side in sides], dim=2).median(dim=2).values
+    border = torch.cat([side.flatten(2) for side in sides], dim=2).sort(dim=2).values  # ONNX knows no median
+    ground = border[..., (border.shape[2] - 1) // 2]
     distance = (lab - ground[..., None, None]).square().sum(dim=1).sqrt().flatten(1)  # (N, pixels)
     weight = torch.sigmoid((distance - GROUND) / SOFTNESS)
     shares = [soft_bins(lab[:, axis].flatten(1), axis) for axis in range(3)]  # 3 x (N, pixels, bins)
@@ -46,7 +49,33 @@ def whole_colours(rgb: Tensor) -> Tensor:
 
 def small(rgb: Tensor) -> Tensor:
     """SIDE x SIDE pixels, each the mean of what it stands for."""
+    if torch.onnx.is_in_onnx_export():
+        return pooled_in_order(rgb.float())
     return functional.adaptive_avg_pool2d(rgb.float(), SIDE)
+
+
+def pooled_in_order(rgb: Tensor) -> Tensor:
+    """The bits of adaptive_avg_pool2d on a CPU, of additions that stand in the order in which that makes them.
+
+    A pooling of another runtime sums in an order of its own. A last bit moves a pixel to the next bin of hsv_counts,
+    which embeddings show: sqrt(1 / 1024) of a share.
+    """
+    rows, columns = (windows(side, rgb.device) for side in rgb.shape[2:])
+    total = rgb.new_zeros(())
+    for (row, is_row), (column, is_column) in itertools.product(rows, columns):
+        inside = is_row.unsqueeze(1) & is_column
+        total = total + torch.where(inside, rgb[:, :, row][..., column], 0.0)
+    heights, widths = (torch.stack([is_there for _, is_there in steps]).sum(dim=0) for steps in (rows, columns))
+    return total / heights.unsqueeze(1) / widths
+
+
+def windows(side: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Step by step into the SIDE windows of an axis: int64 (SIDE,) places, bool (SIDE,) whether still within."""
+    starts = [place * side // SIDE for place in range(SIDE)]
+    ends = [-(-(place + 1) * side // SIDE) for place in range(SIDE)]
+    longest = max(end - start for start, end in zip(starts, ends, strict=True))
+    first, last = (torch.tensor(places, device=device) for places in (starts, ends))
+    return [((first + step).clamp(max=side - 1), first + step < last) for step in range(longest)]
 
 
 def to_lab(rgb: Tensor) -> Tensor:
@@ -86,5 +115,5 @@ def hsv_counts(hsv: Tensor) -> Tensor:
         (hsv[:, axis] * bins).long().clamp(max=bins - 1).flatten(1) for axis, bins in enumerate(HSV_BINS)
     )
     place = (hue * HSV_BINS[1] + saturation) * HSV_BINS[2] + value
-    counts = hsv.new_zeros(len(hsv), HSV_BINS[0] * HSV_BINS[1] * HSV_BINS[2])
+    counts = hsv.new_zeros(hsv.shape[0], HSV_BINS[0] * HSV_BINS[1] * HSV_BINS[2])
     return counts.scatter_add_(1, place, hsv.new_ones(place.shape)).div(place.shape[1]).sqrt()

@@ -37,7 +37,7 @@ class Projection(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """float (N, width), rows of 0 where there is none -> (N, size)."""
-        return normalize(self.linear(features), dim=1) * features.any(dim=1, keepdim=True) * self.scale
+        return normalize(self.linear(features), dim=1) * has_any(features) * self.scale
 
 
 class Words(nn.Module):
@@ -76,11 +76,11 @@ class Words(nn.Module):
         groups = torch.where(owners >= 0, self.group_of[owners.clamp(min=0)], -1)  # (N, G)
         place, there = groups.clamp(min=0), (groups >= 0).float()
         weight = self.idf[buckets] * there
-        squares = weight.new_zeros(len(buckets), len(self.scales)).scatter_add_(1, place, weight.square())
+        squares = weight.new_zeros(buckets.shape[0], len(self.scales)).scatter_add_(1, place, weight.square())
         unit = weight / squares.gather(1, place).clamp(min=1e-12).sqrt()
         mixed = mix(buckets)
         signed = unit * self.scales[place] * (1.0 - 2.0 * (mixed & 1))
-        sketch = weight.new_zeros(len(buckets), self.size).scatter_add(1, (mixed >> 1) % self.size, signed)
+        sketch = weight.new_zeros(buckets.shape[0], self.size).scatter_add(1, (mixed >> 1) % self.size, signed)
         has = (squares > 0).float()
         common = (unit * self.generic[buckets]).sum(dim=1) - has[:, : len(KINDS)] @ self.usual
         return sketch, has * self.lack, common.unsqueeze(1)
@@ -89,8 +89,18 @@ class Words(nn.Module):
 def mix(buckets: Tensor) -> Tensor:
     """int64 -> int64 in 0..2^31 - 1, as good as random and the same on every machine."""
     mixed = buckets * 0x9E3779B1 & MASK
-    mixed = (mixed ^ mixed >> 15) * 0x2C1B3C6D & MASK
-    return (mixed ^ mixed >> 13) & MASK
+    mixed = xor(mixed, mixed >> 15) * 0x2C1B3C6D & MASK
+    return xor(mixed, mixed >> 13) & MASK
+
+
+def has_any(features: Tensor) -> Tensor:
+    """bool (N, 1): which rows are not all 0. Compared, since ONNX would have `any` of whole numbers."""
+    return (features != 0).any(dim=1, keepdim=True)
+
+
+def xor(left: Tensor, right: Tensor) -> Tensor:
+    """`left ^ right` of numbers that are not negative; torch exports no such operator."""
+    return left + right - 2 * (left & right)
 
 
 class OneTower(ItemModel):
@@ -131,7 +141,7 @@ class OneTower(ItemModel):
             states = self.trunk.text(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (N, T, H)
             mean = (states * mask.unsqueeze(2)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
             found["text"] = torch.cat([states[:, 0], mean], dim=1) * has_text
-        has_image = images.flatten(1).any(dim=1).unsqueeze(1)
+        has_image = has_any(images.flatten(1))
         if self.trunk.image is not None:
             found["image"] = self.image_features(images) * has_image
         colours = {"object_colour": object_colours, "whole_colour": whole_colours}
@@ -161,8 +171,8 @@ class OneTower(ItemModel):
     def joined(self, raw: Mapping[str, Tensor], *words: Tensor) -> Tensor:
         """As in ItemModel."""
         some = (*words, *raw.values())[0]
-        one = torch.ones(len(some), 1, device=some.device)
-        p = [one * self.bias[0], *(raw[name].any(dim=1, keepdim=True) * part.lack for name, part in self.projected())]
+        one = torch.ones(some.shape[0], 1, device=some.device)
+        p = [one * self.bias[0], *(has_any(raw[name]) * part.lack for name, part in self.projected())]
         q = [one * self.bias[1], *(part(raw[name]) for name, part in self.projected())]
         if self.words is not None:
             part, lacking, common = self.words(*words)

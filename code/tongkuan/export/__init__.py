@@ -1,0 +1,1 @@
+"""`export`: the item encoder as an ONNX file, and what runs it without torch."""
