@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from tongkuan.base.errors import UserError, nearest
+from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.base.numbers import Real, Whole
 
 NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
@@ -80,6 +81,25 @@ def real_or_auto(text: str) -> float | None:
     return None if text == "auto" else Real()(text)
 
 
+def server_url(text: str) -> str:
+    """An argparse type: http://HOST:PORT or https; what may be a password is neither taken nor shown."""
+    try:
+        url = urlsplit(text)
+        is_one = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and text.isprintable()
+    except ValueError:
+        is_one = False
+    if not is_one or "@" in text or url.path.strip("/") or url.query or url.fragment:
+        raise argparse.ArgumentTypeError("no http://HOST:PORT; a token goes into TONGKUAN_STORE_TOKEN")
+    return text.rstrip("/")
+
+
+def collection_name(text: str) -> str:
+    """An argparse type: a name as Milvus takes it."""
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,199}", text):
+        raise argparse.ArgumentTypeError(f"{clip(text)} is no name of letters, digits and _, a letter first")
+    return text
+
+
 RAW = Option("--raw", "raw_dir", "DIR", "to fill", Path("data/raw"))
 DATA = Option("--data", "data_dir", "DIR", "item files and images/", Path("data"))
 SPLIT = Option("--split", "split", "S", "which item files", "test", str)
@@ -116,5 +136,7 @@ RECALL = Option("--recall", "recall", "R", "of neighbours, for an index", 0.99, 
 ENGINE = Option("--engine", "engine", "E", "exact, faiss or auto", "auto", str, {"choices": ("auto", "exact", "faiss")})
 GROUPS = Option("--groups", "groups", "G", "average, or strict", "average", str, {"choices": ("average", "strict")})
 PARTITION_SIZE = Option("--partition-size", "partition_size", "N", "listings a file", 100_000, Whole(1, 10_000_000))
+STORE = Option("--store", "url", "URL", "a Milvus server, http://HOST:19530", type=server_url)
+COLLECTION = Option("--collection", "collection", "NAME", "where it keeps them", "tongkuan", collection_name)
 # Of the verbs that encode all items of a split.
 ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

@@ -40,6 +40,12 @@ A match: score above the model's threshold, 2 cos(a, b) - m(a) - m(b) above T; m
 
 """
 
+STORE = """\
+The server's token, if it asks for one: environment, TONGKUAN_STORE_TOKEN. Needs pymilvus:
+.venv/bin/python -m pip install --no-deps --require-hashes -r code/milvus.lock
+
+"""
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -261,6 +267,18 @@ VERBS = {
         outputs=("out_dir",),
         has_ranks=True,
         more=MATCH,
+    ),
+    "match store": Verb(
+        "fill a Milvus server with a matched catalogue; the same command goes on",
+        "match store --out runs/mine/match --store http://localhost:19530",
+        (
+            opt.OUT.but("what match run made", metavar="DIR", parameter="out_dir", default=Path("match")),
+            opt.STORE.but(more={"required": True}),
+            opt.COLLECTION,
+            switch("--replace", "replace", "whatever catalogue or model the collection is of"),
+        ),
+        "tongkuan.match.stores.fill:match_store",
+        more=STORE,
     ),
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
