@@ -47,7 +47,7 @@ def open_store(folder: Folder, url: str | None = None, collection: str = COLLECT
         check_model(server, collection, source)
         store = MilvusStore(server, collection)
         if store.facts["made_of"] != source.made_of:
-            fill = entrypoint("match store", "--out", folder.path, "--store", url)
+            fill = entrypoint("match", "store", "--out", folder.path, "--store", url)
             say(f"note: {url} was filled before the last change of {folder.path}; bring it up to date: {fill}")
         yield store
 
@@ -71,7 +71,7 @@ def match_store(out_dir: Path, url: str, collection: str, replace: bool) -> str:
         told = "" if recall is None else f", recall {recall:.4f} of the {NEAREST} nearest of a sample"
         line = f"{url}: collection {collection}: {store.count():,} listings, {search}{told}"
     named = () if collection == COLLECTION else ("--collection", collection)
-    return f"{line}\nnext: {entrypoint('match query', '--out', out_dir, '--store', url, *named)}"
+    return f"{line}\nnext: {entrypoint('match', 'query', '--out', out_dir, '--store', url, *named)}"
 
 
 def filled(server: Server, name: str, source: Source, replace: bool = False) -> tuple[MilvusStore, float | None]:
@@ -90,8 +90,10 @@ def filled(server: Server, name: str, source: Source, replace: bool = False) -> 
     if (count := store.count()) != source.count:
         drop(server, store.name)
         raise UserError(f"{server.url}: {count:,} of {source.count:,} listings arrived in {store.name}; fill it again")
-    store.settle()
-    recall = choose_probes(store, source.sample(SAMPLE)) if store.lists else None
+    recall = None
+    if store.lists:
+        store.settle()
+        recall = choose_probes(store, source.sample(SAMPLE))
     store.take_name(name)
     return store, recall
 
