@@ -10,16 +10,38 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
+from match_worlds import planted
 
 from tongkuan.encode.encode import Embeddings
 from tongkuan.match import files
 from tongkuan.match.files import Folder
+from tongkuan.match.stores.store import Store
 
 CODE = Path(__file__).resolve().parents[1]
 LOCKS = CODE / "milvus.lock", CODE / "tests" / "servers.lock"
 MODEL = "ab" * 32
+WIDTH = 16
 # Its clocks tick for clusters: with its own, a collection takes 3 s and each search for what was written 0.2 s.
 QUICK = {"proxy.timeTickInterval": 20, "queryCoord.checkInterval": 100, "queryCoord.distPullInterval": 50}
+
+
+def some(count: int, seed: int = 0) -> Embeddings:
+    return planted(count, WIDTH, seed=seed)[0]
+
+
+def names(count: int) -> list[str]:
+    return [f"id-{number:05}" for number in range(count)]
+
+
+def ids_of(store: Store, query: Embeddings, k: int, category: str | None = None) -> list[str]:
+    return store.search(query[None], k, category).ids[0]
+
+
+def exact(embeddings: Embeddings, queries: Embeddings, ids: list[str], k: int) -> list[list[str]]:
+    """By looking at all, in float64."""
+    stored, asked = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (embeddings * 1.0, queries * 1.0))
+    cosines = (asked.astype(np.float64) @ stored.T.astype(np.float64)).astype(np.float32)
+    return [[ids[row] for row in sorted(range(len(ids)), key=lambda row: (-own[row], ids[row]))[:k]] for own in cosines]
 
 
 def matched(

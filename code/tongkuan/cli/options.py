@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.base.numbers import Real, Whole
+from tongkuan.match.options import STORE_TOKEN
 
 NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 
@@ -89,7 +90,7 @@ def server_url(text: str) -> str:
     except ValueError:
         is_one = False
     if not is_one or "@" in text or url.path.strip("/") or url.query or url.fragment:
-        raise argparse.ArgumentTypeError("no http://HOST:PORT; a token goes into TONGKUAN_STORE_TOKEN")
+        raise argparse.ArgumentTypeError(f"no http://HOST:PORT; a token goes into {STORE_TOKEN}")
     return text.rstrip("/")
 
 

@@ -16,6 +16,7 @@ from tongkuan.base.machine import available_cores
 from tongkuan.base.numbers import Real, Whole
 from tongkuan.cli import options as opt
 from tongkuan.cli.options import Option, Parser, switch
+from tongkuan.match.options import STORE_TOKEN
 from tongkuan.ranks.place import forget, num_ranks
 
 Target = str | Callable[..., Any]
@@ -40,8 +41,8 @@ A match: score above the model's threshold, 2 cos(a, b) - m(a) - m(b) above T; m
 
 """
 
-STORE = """\
-The server's token, if it asks for one: environment, TONGKUAN_STORE_TOKEN. Needs pymilvus:
+STORE = f"""\
+The server's token, if it asks for one: environment, {STORE_TOKEN}. Needs pymilvus:
 .venv/bin/python -m pip install --no-deps --require-hashes -r code/milvus.lock
 
 """

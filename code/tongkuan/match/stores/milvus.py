@@ -2,7 +2,7 @@
 
 A collection has a row a listing: key, item_id, category, e. Keys and categories are sums of what users wrote, so that a
 filter holds nothing but hexadecimal digits. e is a unit row and the metric the inner product, which then is the cosine:
-by COSINE, Milvus 2.3 never finds a row of zeros again.
+by COSINE, Milvus 2.3 never finds a row of zeros again. Tested with milvus-lite 3.2 and a server of 2.3.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from tongkuan.base.errors import UserError, clip, quote
 from tongkuan.encode.encode import Embeddings
+from tongkuan.match.options import STORE_TOKEN
 from tongkuan.match.stores.store import Found, Hits, answer, checked_units, rows_to_store
 
-TOKEN = "TONGKUAN_STORE_TOKEN"  # environment: never on the command line, where every user of the machine sees it
 OLDEST = (2, 3)  # version of a server: the first that replaces rows and gives vectors back
 SECONDS = 60  # for a call; pymilvus itself tries for minutes
 SECONDS_TO_CONNECT = 10
@@ -74,8 +74,8 @@ def connect(url: str) -> Iterator[Server]:
         install = f"{quote(sys.executable)} -m pip install --no-deps --require-hashes -r code/milvus.lock"
         raise UserError(f"--store needs {error.name}, which is not installed: {install}") from error
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints tracebacks of what it raises, too
-    token = os.environ.get(TOKEN, "")
-    with Server(url, None, token).told(f"is it a Milvus server that runs, and is its token in {TOKEN}?"):
+    token = os.environ.get(STORE_TOKEN, "")
+    with Server(url, None, token).told(f"is it a Milvus server that runs, and is its token in {STORE_TOKEN}?"):
         client = pymilvus.MilvusClient(url, token=token, timeout=SECONDS_TO_CONNECT)
     try:
         server = Server(url, client, token)
@@ -246,7 +246,7 @@ def facts_of(server: Server, name: str) -> dict[str, str] | None:
         return None
     properties = server.ask("describe_collection", name).get("properties", {})
     facts = {key.removeprefix(PREFIX): value for key, value in properties.items() if key.startswith(PREFIX)}
-    if not {"width", "lists"} <= facts.keys():
+    if not all(facts.get(name, "").isdecimal() for name in ("width", "lists")):
         raise UserError(f"{server.url}: collection {name} is none of ours; name another --collection")
     return facts
 

@@ -1,6 +1,7 @@
 """What a store is filled from: the Parquet files of a matched catalogue, without the listings that were removed."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +59,7 @@ class Source:
         rows = [np.flatnonzero([last.get(item_id) == number for item_id in own]) for number, own in enumerate(ids)]
         sums = [table.schema.metadata[MADE_OF].decode() for table in tables]
         made_of = sum_of(model, sums, [own.tolist() for own in rows])
-        width = pq.read_schema(paths[0]).field("e").type.list_size
-        return cls(model, made_of, width, len(last), dict(zip(paths, rows, strict=True)))
+        return cls(model, made_of, width_of(paths[0]), len(last), dict(zip(paths, rows, strict=True)))
 
     def batches(self, size: int, skipped: int = 0) -> Iterator[Batch]:
         """All listings after the first `skipped`, `size` at once and fewer at the end of a file."""
@@ -95,14 +95,23 @@ def read_model(folder: Folder) -> str:
         raise UserError(f"{folder.manifest}: names no model; {ADVICE} again") from error
 
 
-def read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read(path: Path, columns: Sequence[str]) -> pa.Table:
     """Columns of a file, each page held against its sum. UserError when it is damaged or none of ours."""
+    with unfit_is_told(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        file.schema_arrow.metadata[MADE_OF]  # KeyError without
+        return file.read(list(columns)).select(columns)
+
+
+def width_of(path: Path) -> int:
+    """How many numbers an embedding has in a file."""
+    with unfit_is_told(path):
+        return int(pq.read_schema(path).field("e").type.list_size)
+
+
+@contextmanager
+def unfit_is_told(path: Path) -> Iterator[None]:
+    """UserError for what goes wrong with a file that is damaged, or has other columns."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if MADE_OF not in (file.schema_arrow.metadata or {}) or not {*(columns or ())} <= {
-                *file.schema_arrow.names
-            }:
-                raise pa.ArrowInvalid("not a file of ours")
-            return file.read(columns)
-    except (OSError, pa.ArrowException) as error:
+        yield
+    except (OSError, pa.ArrowException, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged, gone or not made by match run; {ADVICE} again") from error
