@@ -1,15 +1,18 @@
 """Matched catalogues without a model, and the servers that stores are tested on."""
 
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
+from commands import wait_for
 from match_worlds import planted
 
 from tongkuan.encode.encode import Embeddings
@@ -23,6 +26,16 @@ MODEL = "ab" * 32
 WIDTH = 16
 # Its clocks tick for clusters: with its own, a collection takes 3 s and each search for what was written 0.2 s.
 QUICK = {"proxy.timeTickInterval": 20, "queryCoord.checkInterval": 100, "queryCoord.distPullInterval": 50}
+
+ETCD = """\
+name: default
+data-dir: {folder}/etcd
+listen-client-urls: {client}
+advertise-client-urls: {client}
+listen-peer-urls: {peer}
+initial-advertise-peer-urls: {peer}
+initial-cluster: default={peer}
+"""
 
 
 def some(count: int, seed: int = 0) -> Embeddings:
@@ -88,12 +101,35 @@ def milvus_server(folder: Path) -> Iterator[str]:
     """The URL of a Milvus server of its own, whose files lie in a folder."""
     from milvus import MilvusServer, MilvusServerConfig
 
-    config = MilvusServerConfig(data_dir=str(folder))
+    client, peer = free_ports(2)
+    config = MilvusServerConfig(data_dir=str(folder), etcd_port=client)
     for setting, milliseconds in QUICK.items():
         config.set(setting, milliseconds)
-    server = MilvusServer(config)
+    # The etcd in it has fixed ports unless a file says otherwise, and another one may run on this machine.
+    etcd = folder / "etcd.yaml"
+    place = f"  config:\n    path: {etcd}\n  use:\n    embed: true"
+    config.template_text = config.template_text.replace("  use:\n    embed: true", place)
+    folder.mkdir()
+    etcd.write_text(ETCD.format(client=f"http://127.0.0.1:{client}", peer=f"http://127.0.0.1:{peer}", folder=folder))
+    server = MilvusServer(config, wait_for_started=False)
     try:
         server.start()
+        wait_for(lambda: server.server_proc.poll() is not None or is_up(server.webservice_port), 150)
+        assert server.server_proc.poll() is None, (folder / "logs" / "milvus-stdout.log").read_text()[-2000:]
         yield f"http://127.0.0.1:{server.listen_port}"
     finally:
         server.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+def is_up(port: int) -> bool:
+    """Whether a server says of itself that it is well."""
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
+        return b"OK" in answer.read()
+    return False
