@@ -256,17 +256,18 @@ def lists_are_looked_into_until_the_recall_is_reached(
     url: str, name: str, folder: Path, patch: pytest.MonkeyPatch
 ) -> None:
     patch.setattr(fill, "EXACT", 0)
+    patch.setattr(fill, "SAMPLE", 100)
     ids, embeddings = names(5000), some(5000)
     catalogue = matched(folder, ids, embeddings)
     told = match_store(folder, url, name, False)
     assert " of 283 lists are looked into, recall " in told
     with open_store(catalogue, url, name) as store:
-        found, wanted = store.search(embeddings[:200], 10).ids, exact(embeddings, embeddings[:200], ids, 10)
+        found, wanted = store.search(embeddings[:100], 10).ids, exact(embeddings, embeddings[:100], ids, 10)
         assert isinstance(store, MilvusStore) and store.probes <= 283
         assert (
             np.mean([len({*own} & {*all_of_them}) / 10 for own, all_of_them in zip(found, wanted, strict=True)]) >= 0.99
         )
-        assert [own[0] for own in found] == ids[:200]
+        assert [own[0] for own in found] == ids[:100]
         store.upsert(["new"], ["c"], -embeddings[:1])
         assert ids_of(store, -embeddings[0], 1) == ["new"]
 

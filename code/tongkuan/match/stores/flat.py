@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from tongkuan.base.machine import available_cores
 from tongkuan.encode.encode import Embeddings
+from tongkuan.encode.store import prefetch
 from tongkuan.match.stores.store import Found, Hits, answer, checked_units, rows_to_store
 
-QUERIES = 1024  # looked up together
+QUERIES = 1024  # looked up together: of fewer, the library takes each by itself, which is slower by a factor of five
 
 
 class FaissStore:
@@ -52,18 +53,19 @@ class FaissStore:
         most = int(wanted.sum())
         if not most:
             return Found([[] for _ in units], [np.empty(0, np.float32) for _ in units])
-        faiss.omp_set_num_threads(available_cores())
         # Its own rows as an array, not a copy.
         stored = faiss.rev_swig_ptr(self.index.get_xb(), self.index.ntotal * self.index.d).reshape(-1, self.index.d)
 
         def look_up(queries: Embeddings, asked: int) -> list[Hits]:
-            parts = [queries[start : start + QUERIES] for start in range(0, len(queries), QUERIES)]
-            return [hits for part in parts for hits in self.look_up(part, asked, wanted, stored)]
+            parts = (queries[start : start + QUERIES] for start in range(0, len(queries), QUERIES))
+            found = prefetch(parts, lambda part: self.look_up(part, asked, wanted, stored), available_cores())
+            return [hits for part in found for hits in part]
 
         return answer(look_up, units, k, most)
 
     def look_up(self, queries: Embeddings, asked: int, wanted: NDArray[np.bool_], stored: Embeddings) -> list[Hits]:
         """What the index finds among the wanted rows (N,)."""
+        faiss.omp_set_num_threads(1)  # of this thread: the library's own wait for each other longer than they work
         bits = np.packbits(wanted, bitorder="little")
         parameters = faiss.SearchParameters()
         if not wanted.all():  # with a selector it is slower for many queries
