@@ -99,6 +99,10 @@ def test_every_dependency_is_used_and_explained() -> None:
         name = requirement.split("==")[0].split(">=")[0]
         assert name in explained, f"{name} has no reason in CONTRIBUTING.md"
         assert f"\n{name}==" in f"\n{lock}", f"{name} is not locked"
+    extra = (CODE / "milvus.lock").read_text(encoding="utf-8")
+    for requirement in project["optional-dependencies"]["milvus"]:
+        name = requirement.split("==")[0]
+        assert f"\n{requirement} " in f"\n{extra}" and f"| {name}" in explained and name in used
     for requirement in project["dependencies"]:
         name = requirement.split("==")[0].split(">=")[0]
         module = IMPORT_NAMES.get(name, name)

@@ -25,6 +25,7 @@ from tongkuan.match.join import Verdict
 from tongkuan.match.options import Options
 from tongkuan.match.query import Searcher
 from tongkuan.match.state import open_state
+from tongkuan.match.stores.fill import open_store
 from tongkuan.match.transaction import read_manifest, staged
 
 
@@ -50,6 +51,17 @@ def searcher_of(tmp_path: Path, num_listings: int = 300) -> tuple[Searcher, np.n
     ids = [f"i{row:03}" for row in range(num_listings)]
     folder = match_embeddings(tmp_path, ids, embeddings, Verdict(-5.0, 0.3), Options())
     return Searcher.of(open_state(folder)), embeddings
+
+
+def test_a_store_that_names_the_nearest_gives_the_same_answers(tmp_path: Path) -> None:
+    searcher, embeddings = searcher_of(tmp_path)
+    with open_store(searcher.state.folder) as store:
+        asked = Searcher.of(searcher.state, store)
+        for row in (0, 3, 250):
+            assert asked.stored(f"i{row:03}", 8) == searcher.stored(f"i{row:03}", 8)
+        assert asked.new(embeddings[9] * 1.5, "", 5) == searcher.new(embeddings[9] * 1.5, "", 5)
+        store.upsert(["since"], [""], embeddings[:1])  # which the files do not have yet
+        assert asked.stored("i000", 8) == searcher.stored("i000", 8)
 
 
 def test_the_nearest_come_in_the_order_of_their_cosines_with_what_the_run_says_of_each_pair(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.base.numbers import Real, Whole
+from tongkuan.match.options import STORE_TOKEN
 
 NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 
@@ -96,6 +98,25 @@ def ray_address(text: str) -> str:
     return text
 
 
+def server_url(text: str) -> str:
+    """An argparse type: http://HOST:PORT or https; what may be a password is neither taken nor shown."""
+    try:
+        url = urlsplit(text)
+        is_one = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and text.isprintable()
+    except ValueError:
+        is_one = False
+    if not is_one or "@" in text or url.path.strip("/") or url.query or url.fragment:
+        raise argparse.ArgumentTypeError(f"no http://HOST:PORT; a token goes into {STORE_TOKEN}")
+    return text.rstrip("/")
+
+
+def collection_name(text: str) -> str:
+    """An argparse type: a name as Milvus takes it."""
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,199}", text):
+        raise argparse.ArgumentTypeError(f"{clip(text)} is no name of letters, digits and _, a letter first")
+    return text
+
+
 RAW = Option("--raw", "raw_dir", "DIR", "to fill", Path("data/raw"))
 DATA = Option("--data", "data_dir", "DIR", "item files and images/", Path("data"))
 SPLIT = Option("--split", "split", "S", "which item files", "test", str)
@@ -135,5 +156,7 @@ PARTITION_SIZE = Option("--partition-size", "partition_size", "N", "listings a f
 PARTITIONS = Option("--partitions", "wanted", "A:B", "encode these alone: one job of many", type=span)
 RAY = Option("--ray", "ray_address", "HOST:PORT", "the nodes of this Ray cluster do it", type=ray_address)
 MATCHED = OUT.but("what match run made", metavar="DIR", parameter="out_dir", default=Path("match"))
+STORE = Option("--store", "url", "URL", "a Milvus server, http://HOST:19530", type=server_url)
+COLLECTION = Option("--collection", "collection", "NAME", "where it keeps them", "tongkuan", collection_name)
 # Of the verbs that encode all items of a split.
 ENCODING = (MODEL, THRESHOLD, PRECISION, ENCODE_BATCH, CACHE, NPROC)

@@ -5,8 +5,7 @@ No torch here: what a function needs is imported when it is called.
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ from tongkuan.base.files import check_apart_from_data
 from tongkuan.base.machine import available_cores
 from tongkuan.base.numbers import Real, Whole
 from tongkuan.cli import options as opt
+from tongkuan.cli.catalogue import CATALOGUE_VERBS
 from tongkuan.cli.options import Option, Parser, switch
+from tongkuan.cli.verb import ANSWERS, DEMO_DATA, DEMO_MODEL, SUBMITTED, Target, Verb
 from tongkuan.ranks.place import forget, num_ranks
 
-Target = str | Callable[..., Any]
-"""A function, or `module:function`. It is called with the arguments that it has parameters for."""
-DEMO_DATA, DEMO_MODEL = "--data runs/demo/data", "--model runs/demo/weights/model.safetensors"
-MATCHED = "--out runs/demo/match"
-SUBMITTED, ANSWERS = "--submit runs/demo/submit", "--pairs runs/demo/data/item_test_answers.jsonl"
 MANY = 14  # options: naming them all above their list would take a third of a screen
 LINKS = """\
 Cut short, the same command goes on.
@@ -36,42 +32,6 @@ Names: item_{train,valid,test}_info.jsonl, item_{...}_pair.jsonl, item_{...}_ima
 its parts .zip.partaa, .zip.partab and so on, which are joined into the .zip.
 
 """
-
-MATCH = """\
-A match: score above the model's threshold, 2 cos(a, b) - m(a) - m(b) above T; m: mean of 10 nearest.
-
-"""
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb."""
-
-    about: str
-    example: str
-    """What `./entrypoint.sh` is followed by, once the demo has run."""
-    options: tuple[Option, ...]
-    function: Target
-    """A text that it returns is printed."""
-    instead: Mapping[str, Target] = field(default_factory=dict)
-    """Functions to call instead, by the option that asks for it."""
-    derived: Mapping[str, Target] = field(default_factory=dict)
-    """Arguments that follow from the options, by name."""
-    one_of: tuple[Option, ...] = ()
-    """Further options, of which exactly one is to be given."""
-    outputs: tuple[str, ...] = ()
-    """Arguments, of a verb that reads --data, that name what it writes: a folder (`…_dir`) or a file."""
-    has_ranks: bool = False
-    more: str = ""
-    """What --help says between the options and the example."""
-
-
-GROWN = """\
-New listings are held against all and each other. m of old ones stays as it was until the next match run.
-Only groups that a match leads to change; ids stay; DIR/changes lists whose group changed.
-
-"""
-
 
 VERBS = {
     "download": Verb(
@@ -244,96 +204,7 @@ VERBS = {
         "tongkuan.report.explain:explain",
         outputs=("out",),
     ),
-    "match run": Verb(
-        "which of all listings are the same product; the same command resumes",
-        f"match run {DEMO_DATA} {DEMO_MODEL} --out runs/mine/match",
-        (
-            opt.DATA,
-            opt.SPLIT,
-            opt.MODEL,
-            opt.OUT.but("its files", metavar="DIR", parameter="out_dir", default=Path("match")),
-            opt.WITHIN,
-            opt.CANDIDATES,
-            opt.SCALED,
-            opt.RECALL,
-            opt.ENGINE,
-            opt.GROUPS,
-            opt.PARTITION_SIZE,
-            opt.PARTITIONS,
-            opt.RAY,
-            opt.PRECISION,
-            opt.ENCODE_BATCH,
-            opt.NPROC,
-            opt.DRY_RUN,
-        ),
-        "tongkuan.match.run:match_run",
-        instead={"dry_run": "tongkuan.dryrun:dry_run_matching"},
-        derived={"options": "tongkuan.match.options:Options"},
-        outputs=("out_dir",),
-        has_ranks=True,
-        more=MATCH,
-    ),
-    "match add": Verb(
-        "add listings to what match run made, or update them; the same command resumes",
-        f"match add --items runs/demo/data/item_valid_info.jsonl {DEMO_DATA} {DEMO_MODEL} {MATCHED}",
-        (
-            Option("--items", "items_path", "FILE", "new or changed listings", more={"required": True}),
-            opt.DATA.but("its images/ has their pictures"),
-            opt.MODEL.but("that match run was given"),
-            opt.MATCHED,
-        ),
-        "tongkuan.match.add:match_add",
-        outputs=("out_dir",),
-        more=GROWN,
-    ),
-    "match remove": Verb(
-        "remove listings from what match run made",
-        f"match remove ID {MATCHED}",
-        (
-            Option("", "item_ids", "ID", "listings to remove", type=None, more={"nargs": "*"}),
-            Option("--ids", "ids_path", "FILE", "more of them, an id a line or a file of items"),
-            opt.MATCHED,
-        ),
-        "tongkuan.match.add:match_remove",
-    ),
-    "match query": Verb(
-        "the nearest listings of a stored or a new one",
-        f"match query --top 5 {MATCHED}",
-        (
-            Option("--item", "item_id", "ID", "a stored listing (default: the first)", type=str),
-            Option("--json", "json_path", "FILE", "a new one, as a line of an item file"),
-            Option("--top", "top", "N", "how many to show", 10, Whole(1, 1000)),
-            opt.DATA.but("of --json: its images/ has the picture"),
-            opt.MODEL.but("of --json: that match run was given"),
-            opt.MATCHED,
-        ),
-        "tongkuan.match.query:match_query",
-    ),
-    "match check": Verb(
-        "whether what match run made is whole, and its recall as it is now",
-        f"match check {MATCHED}",
-        (opt.MATCHED,),
-        "tongkuan.match.check:match_check",
-    ),
-    "match score": Verb(
-        "F1 of a catalogue's groups by labelled pairs",
-        f"match score {MATCHED} {ANSWERS}",
-        (opt.MATCHED, opt.PAIRS),
-        "tongkuan.match.score:match_score",
-    ),
-    "export": Verb(
-        "the item encoder as an ONNX file, compared with torch; see code/examples/serve.py",
-        f"export {DEMO_DATA} {DEMO_MODEL} --out runs/mine/model.onnx",
-        (
-            opt.MODEL,
-            opt.DATA.but("listings to compare on (default: made ones)", default=None),
-            opt.SPLIT,
-            Option("--items", "items", "N", "of the split to compare on", 32, Whole(1, 100_000)),
-            opt.OUT.but("the file", default=Path("weights/model.onnx")),
-        ),
-        "tongkuan.export.export:export",
-        outputs=("out",),
-    ),
+    **CATALOGUE_VERBS,
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
         "demo --run runs/quick --products 60 train.steps=100",

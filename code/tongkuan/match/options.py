@@ -1,4 +1,4 @@
-"""What `match run` may be asked for."""
+"""What `match run` may be asked for, and how a server of embeddings is asked."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,6 +6,7 @@ from typing import Literal
 Engine = Literal["auto", "exact", "faiss"]
 Grouping = Literal["average", "strict"]
 Within = Literal["none", "category"]
+STORE_TOKEN = "TONGKUAN_STORE_TOKEN"  # environment: on the command line every user of the machine would see it
 
 
 @dataclass(frozen=True, slots=True)

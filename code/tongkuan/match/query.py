@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from tongkuan.match.files import Folder
 from tongkuan.match.join import Listings
 from tongkuan.match.scores import exact_cosines, exact_scores, products
 from tongkuan.match.state import State, open_state
+from tongkuan.match.stores.fill import open_store
+from tongkuan.match.stores.store import Store
 from tongkuan.match.transaction import read_manifest
 
 SPARE = 16  # more than is asked for, that products in float32 name and exact ones put in order
@@ -51,9 +54,11 @@ class Searcher:
     """Listings by the distinct one that each is."""
     ends: NDArray[np.int64]
     """(M,): where those of each end in `order`."""
+    store: Store | None = None
+    """Who names the nearest; None: this process, which looks at all."""
 
     @classmethod
-    def of(cls, state: State) -> "Searcher":
+    def of(cls, state: State, store: Store | None = None) -> "Searcher":
         """Prepare all that does not depend on what is asked."""
         categories = state.compared_within(state.categories)
         listings = Listings.of(state.item_ids, state.embeddings, categories)
@@ -61,7 +66,7 @@ class Searcher:
         order = np.argsort(listings.numbers, kind="stable")
         group_ids = state.groups["group_id"].to_pylist()
         units = unit_rows(listings.embeddings)
-        return cls(state, listings, units, codes, group_ids, order, np.cumsum(listings.copies))
+        return cls(state, listings, units, codes, group_ids, order, np.cumsum(listings.copies), store)
 
     def stored(self, item_id: str, top: int) -> list[Hit]:
         """The nearest of a listing of the catalogue. UserError when it is not there."""
@@ -106,6 +111,8 @@ class Searcher:
 
     def candidates(self, embedding: Embeddings, code: int, count: int) -> NDArray[np.int64]:
         """The distinct listings of a category with the largest cosines in float32, in no order."""
+        if self.store is not None:
+            return self.stored_rows(self.store, embedding, code, count)
         with one_thread_each():
             cosines = products(unit_rows(embedding[None]), self.units)[0]
         cosines[self.listings.categories != code] = -np.inf
@@ -115,26 +122,47 @@ class Searcher:
         found: NDArray[np.int64] = rows[np.isfinite(cosines[rows])]
         return found
 
+    def stored_rows(self, store: Store, embedding: Embeddings, code: int, count: int) -> NDArray[np.int64]:
+        """The distinct listings of those that a store names; it may hold others than the catalogue has by now."""
+        names = [name for name, other in self.codes.items() if other == code]
+        if not names:
+            return np.empty(0, np.int64)
+        (ids,) = store.search(embedding[None], count, names[0] or None).ids
+        place = {item_id: number for number, item_id in enumerate(self.state.item_ids)}
+        return np.unique([self.listings.numbers[place[item_id]] for item_id in ids if item_id in place])
+
 
 def match_query(
-    item_id: str | None, json_path: Path | None, data_dir: Path, model_path: Path, top: int, out_dir: Path
+    item_id: str | None,
+    json_path: Path | None,
+    data_dir: Path,
+    model_path: Path,
+    top: int,
+    out_dir: Path,
+    url: str | None = None,
+    collection: str = "",
 ) -> str:
-    """The nearest listings as a table. UserError when both a stored and a new listing are given, or one is unfit."""
+    """The nearest listings as a table; with a URL it is the server there that names them.
+
+    UserError when both a stored and a new listing are given, or one is unfit.
+    """
     if item_id is not None and json_path is not None:
         raise UserError("--item and --json: ask about one listing at a time")
     folder = Folder(out_dir)
-    if json_path is None:
-        searcher = Searcher.of(open_state(folder))
-        asked = searcher.state.item_ids[0] if item_id is None else item_id
-        hits = searcher.stored(asked, top)
-    else:
+    embedding = None
+    if json_path is not None:
         with open_like(read_manifest(folder), json_path, data_dir, model_path) as run:
             if len(run.items) != 1:
                 raise UserError(f"{json_path}: {len(run.items)} items; put one listing there")
             (asked,) = run.items
-            embedding = run.encode("encode", item_ids=[asked])[asked]
-        searcher = Searcher.of(open_state(folder))
-        hits = searcher.new(embedding, run.items[asked].category, top)
+            embedding, category = run.encode("encode", item_ids=[asked])[asked], run.items[asked].category
+    with nullcontext() if url is None else open_store(folder, url, collection) as store:
+        searcher = Searcher.of(open_state(folder), store)
+        if embedding is not None:
+            hits = searcher.new(embedding, category, top)
+        else:
+            asked = searcher.state.item_ids[0] if item_id is None else item_id
+            hits = searcher.stored(asked, top)
     return "\n".join(lines_on(asked, hits, folder))
 
 
