@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 from tongkuan.encode.encode import Embeddings
 from tongkuan.match import files
-from tongkuan.match.candidates import build_index, exact_neighbours, index_neighbours
+from tongkuan.match.candidates import build_index, exact_neighbours, index_neighbours, local_means
 from tongkuan.match.change import apply, columns_of
 from tongkuan.match.files import Folder
 from tongkuan.match.join import Join, Listings, Verdict, write_groups
 from tongkuan.match.options import Options
 from tongkuan.match.query import Searcher
-from tongkuan.match.scores import Catalogue, Pairs, all_pairs, candidate_pairs, local_means
+from tongkuan.match.scores import Catalogue, Pairs, all_pairs, candidate_pairs
 from tongkuan.match.state import open_state
 from tongkuan.match.threshold import from_sample
 from tongkuan.match.transaction import drop_changes, file_sums, write_manifest

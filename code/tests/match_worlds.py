@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongkuan.encode.encode import Embeddings
-from tongkuan.match.candidates import exact_neighbours
-from tongkuan.match.scores import Catalogue, local_means
+from tongkuan.match.candidates import exact_neighbours, local_means
+from tongkuan.match.scores import Catalogue
 
 
 def planted(

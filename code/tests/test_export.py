@@ -3,11 +3,11 @@
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import orjson
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +22,7 @@ from tongkuan.cli.verbs import main
 from tongkuan.encode.store import open_store
 from tongkuan.export import compare, encoder, write
 from tongkuan.export.compare import by_torch
-from tongkuan.export.encoder import RUNTIME, OnnxEncoder
+from tongkuan.export.encoder import EXTRA, OnnxEncoder
 from tongkuan.learn.train import train
 from tongkuan.model.colour import SIDE, pooled_in_order
 from tongkuan.model.modelfile import load_model
@@ -181,11 +181,13 @@ def test_without_the_extra_one_line_says_how_to_install_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=f"onnxruntime is not installed; install it: .* -m pip install {RUNTIME}$"):
+    with pytest.raises(
+        UserError, match=f"onnxruntime is not installed; install it: .* -m pip install {' '.join(EXTRA)}$"
+    ):
         exported(model, tmp_path / "model.onnx")
     project = tomllib.loads((CODE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["optional-dependencies"]["export"] == [RUNTIME]
-    assert onnxruntime.__version__ == RUNTIME.partition("==")[2]
+    assert project["optional-dependencies"]["export"] == [*EXTRA]
+    assert all(version(name) == pin for name, _, pin in (package.partition("==") for package in EXTRA))
     assert not [*tmp_path.iterdir()]
 
 

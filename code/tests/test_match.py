@@ -10,10 +10,19 @@ from match_worlds import catalogue_of, planted
 
 from tongkuan.base.metrics import best_threshold
 from tongkuan.match import candidates, groups
-from tongkuan.match.candidates import build_index, collapse, exact_neighbours, index_neighbours, recall_of, unit_rows
+from tongkuan.match.candidates import (
+    build_index,
+    collapse,
+    could_match,
+    exact_neighbours,
+    index_neighbours,
+    local_means,
+    recall_of,
+    unit_rows,
+)
 from tongkuan.match.groups import facts, group
 from tongkuan.match.options import Grouping
-from tongkuan.match.scores import all_pairs, candidate_pairs, exact_scores, local_means
+from tongkuan.match.scores import all_pairs, candidate_pairs, exact_scores
 from tongkuan.match.threshold import Labelled, from_labels, from_sample, warning
 from tongkuan.model.towers import pair_scores
 
@@ -53,13 +62,34 @@ def test_an_index_finds_what_recall_asks_for_and_says_how_much_it_found() -> Non
     embeddings, _ = planted(2000, width=8, group=2, noise=0.5)
     rows = np.arange(2000, dtype=np.int32)
     wanted = exact_neighbours(embeddings, rows, 20)
+    counts = could_match(embeddings, rows, wanted)
     probes = []
     for recall in (0.5, 0.99, 1.0):
         index = build_index(embeddings, 20, recall)
         probes.append(index.probes)
         assert index.recall >= recall
-        assert recall_of(index_neighbours(embeddings, index, rows, 20), wanted) == pytest.approx(index.recall, abs=0.02)
+        found = index_neighbours(embeddings, index, rows, 20)
+        assert recall_of(found, wanted, counts) == pytest.approx(index.recall, abs=0.03)
     assert probes == sorted(probes) and probes[0] < probes[-1]
+
+
+def test_recall_counts_pairs_that_are_nearer_to_each_other_than_to_their_neighbourhoods() -> None:
+    embeddings, products = planted(400, group=4, noise=0.2)
+    rows = np.arange(400, dtype=np.int32)
+    found = exact_neighbours(embeddings, rows, 20)
+    means = local_means(found)
+    scaled = 2 * found.cosines - means[:, None] - means[found.rows]
+    counts = could_match(embeddings, rows, found)
+    assert (scaled[counts] > 0).all()
+    assert counts[products[rows][:, None] == products[found.rows]].mean() > 0.95, "mates, and hardly anything else"
+    assert counts.sum() < 1.2 * 3 * 400
+
+
+def test_without_a_pair_that_could_match_the_nearest_count() -> None:
+    embeddings = np.eye(16, dtype=np.float32)
+    rows = np.arange(16, dtype=np.int32)
+    found = exact_neighbours(embeddings, rows, 5)
+    assert could_match(embeddings, rows, found).any(), "all as near as each other"
 
 
 def test_an_index_is_the_same_when_built_again_and_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from tongkuan.records.words import words_of
 
 FORMAT = "tongkuan-onnx-1"
 CARD_KEY = "tongkuan"  # of an .onnx file's metadata
-RUNTIME = "onnxruntime==1.32.0"  # as pyproject.toml pins it
+EXTRA = ("onnx==1.23.2", "onnxruntime==1.32.0")  # as pyproject.toml pins them
 PICTURES, TOKENS, WORDS = ("images", "has_image"), ("ids", "mask"), ("buckets", "owners")
 """Inputs of a graph; it has those that its model reads."""
 EMBEDDINGS = "embeddings"
@@ -127,7 +127,7 @@ def import_runtime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        command = f"{quote(Path(sys.executable))} -m pip install {RUNTIME}"
+        command = f"{quote(Path(sys.executable))} -m pip install {' '.join(EXTRA)}"
         raise UserError(f"the Python package onnxruntime is not installed; install it: {command}") from error
     return onnxruntime
 

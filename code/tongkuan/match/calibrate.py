@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongkuan.encode.encode import Embeddings
-from tongkuan.match.candidates import NEAREST, exact_neighbours
-from tongkuan.match.scores import Catalogue, Numbers, exact_cosines, exact_scores, local_means
+from tongkuan.match.candidates import NEAREST, exact_neighbours, local_means
+from tongkuan.match.scores import Catalogue, Numbers, exact_cosines, exact_scores
 from tongkuan.match.threshold import REJECTED, Labelled
 from tongkuan.records.items import Item, Pair, components, item_file, pair_file, read_items, read_pairs
 from tongkuan.records.labels import pair_key

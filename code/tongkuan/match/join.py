@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tongkuan.encode.encode import Embeddings
 from tongkuan.match import files
-from tongkuan.match.candidates import SEED, Neighbours, Rows, collapse
+from tongkuan.match.candidates import SEED, Neighbours, Rows, collapse, local_means
 from tongkuan.match.files import Folder, partitions, sum_of
 from tongkuan.match.groups import facts, group
 from tongkuan.match.machines import HERE, Machines
@@ -26,7 +26,6 @@ from tongkuan.match.scores import (
     candidate_pairs,
     concatenated,
     exact_scores,
-    local_means,
 )
 from tongkuan.match.search import (
     Search,

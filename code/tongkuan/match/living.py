@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tongkuan.encode.encode import Embeddings
-from tongkuan.match.candidates import NEAREST, Neighbours, Rows
+from tongkuan.match.candidates import NEAREST, Neighbours, Rows, local_means
 from tongkuan.match.join import Listings, Verdict, keys, pair_columns, read_pairs
 from tongkuan.match.options import Engine
-from tongkuan.match.scores import Catalogue, Numbers, Pairs, all_pairs, concatenated, exact_scores, local_means, scored
+from tongkuan.match.scores import Catalogue, Numbers, Pairs, all_pairs, concatenated, exact_scores, scored
 from tongkuan.match.search import EXACT_WORK, Search, neighbours_of
 
 AT_ONCE = 4096  # new listings that are searched for between two steps of the progress bar

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tongkuan.base.machine import available_cores
 from tongkuan.encode.encode import Embeddings, one_thread_each
 from tongkuan.encode.store import prefetch
-from tongkuan.match.candidates import NEAREST, Neighbours, Rows, unit_rows
+from tongkuan.match.candidates import Neighbours, Rows, unit_rows
 from tongkuan.model.towers import pair_scores
 
 Numbers = NDArray[np.float64]
@@ -92,14 +92,6 @@ def exact_cosines(embeddings: Embeddings, left: Rows, right: Rows) -> Numbers:
 def blocks(count: int) -> Iterator[slice]:
     """Of pairs, whose embeddings are gathered together."""
     return (slice(start, start + PAIRS_AT_ONCE) for start in range(0, count, PAIRS_AT_ONCE))
-
-
-def local_means(neighbours: Neighbours) -> Numbers:
-    """Mean cosine of each listing with its NEAREST, float64 (N,); 0 for one without any."""
-    first = neighbours.cosines[:, :NEAREST].astype(np.float64)
-    is_there = np.isfinite(first)
-    means: Numbers = np.where(is_there, first, 0).sum(axis=1) / np.maximum(is_there.sum(axis=1), 1)
-    return means
 
 
 def scored(catalogue: Catalogue, left: Rows, right: Rows, score_floor: float, threshold: float) -> Pairs:
