@@ -11,12 +11,14 @@ query` do once the listings are encoded.
 """
 
 import argparse
+import multiprocessing
 import resource
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +66,23 @@ def make(num_listings: int, half: int, p_length: float, seed: int) -> tuple[Embe
     return np.hstack(halves)[order], products[order]
 
 
+def made_apart(*given: int | float) -> tuple[Embeddings, NDArray[np.int64]]:
+    """As `make`, in a process of its own: the memory that it takes is not what is measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{name}.npy" for name in ("embeddings", "products")]
+        process = multiprocessing.get_context("spawn").Process(target=save, args=(paths, given))
+        process.start()
+        process.join()
+        embeddings, products = map(np.load, paths)
+    return embeddings, products
+
+
+def save(paths: list[Path], given: tuple[Any, ...]) -> None:
+    """What `make` makes, as files."""
+    for path, array in zip(paths, make(*given), strict=True):
+        np.save(path, array)
+
+
 def keys(pairs: Pairs) -> NDArray[np.int64]:
     """A number for each pair."""
     return np.minimum(pairs.left, pairs.right).astype(np.int64) << 32 | np.maximum(pairs.left, pairs.right)
@@ -77,7 +96,7 @@ def cpu() -> float:
 
 def measure(num_listings: int, half: int, p_length: float, k: int, recall: float, engine: str, floor: float) -> None:
     """Print a line a phase."""
-    embeddings, products = make(num_listings, half, p_length, 0)
+    embeddings, products = made_apart(num_listings, half, p_length, 0)
     rows = np.arange(num_listings, dtype=np.int32)
     started, wall = cpu(), time.perf_counter()
 
@@ -88,7 +107,7 @@ def measure(num_listings: int, half: int, p_length: float, k: int, recall: float
 
     if engine == "faiss":
         index = build_index(embeddings, k, recall)
-        note(f"index, {index.probes} of {index.lists.nlist} lists, recall of neighbours {index.recall:.4f}")
+        note(f"index, {index.probes} of {index.lists.nlist} lists, recall of candidates {index.recall:.4f}")
         neighbours = index_neighbours(embeddings, index, rows, k)
     else:
         neighbours = exact_neighbours(embeddings, rows, k)
@@ -142,7 +161,7 @@ def match_embeddings(
 
 def measure_adding(count: int, num_added: int, half: int, p_length: float, floor: float, threshold: float) -> None:
     """Print what adding to a catalogue on the disk takes, and asking."""
-    embeddings, _ = make(count + num_added, half, p_length, 0)
+    embeddings, _ = made_apart(count + num_added, half, p_length, 0)
     item_ids = [f"{row:09}" for row in range(len(embeddings))]
     with tempfile.TemporaryDirectory() as top:
         verdict, old = Verdict(floor, threshold), slice(0, count)

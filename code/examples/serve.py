@@ -35,6 +35,7 @@ LONGEST = 1 << 20  # bytes of a listing
 KEYS = ("title", "attributes", "sku_attributes", "picture", "category")
 NEAREST = 10  # neighbours whose mean cosine says how dense it is about a listing, as for `match run`
 SAME = 1 - 1e-6  # cosine of a listing with itself, less what rounding takes
+TOMBSTONES = "tombstones.parquet"  # file, item_id of embeddings that count no more
 CANDIDATES = 50  # listings of the largest cosines, whose own neighbourhoods are looked at
 
 
@@ -67,7 +68,7 @@ def open_catalogue(path: Path, encoder: OnnxEncoder) -> Catalogue:
 
 
 def open_folder(path: Path, encoder: OnnxEncoder) -> Catalogue:
-    """What `match run` has written; each file is named in the manifest's order."""
+    """What `match run` has written, and `match add` and `match remove` since."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -75,8 +76,16 @@ def open_folder(path: Path, encoder: OnnxEncoder) -> Catalogue:
         manifest = orjson.loads((path / "manifest.json").read_bytes())
         model, within = manifest["sha256"]["model"], manifest["options"]["within"]
         limits = float(manifest["score_above"]), float(manifest["threshold"]["value"])
-        files = [path / "embeddings" / f"part-{number:06}.parquet" for number in range(len(manifest["embeddings"]))]
-        tables = [pq.read_table(file, columns=["item_id", "category", "e"]) for file in files]
+        gone = set()
+        if TOMBSTONES in manifest["files"]:
+            dead = pq.read_table(path / TOMBSTONES)
+            gone = set(zip(dead["file"].to_pylist(), dead["item_id"].to_pylist(), strict=True))
+        tables = []
+        for name in sorted(name for name in manifest["files"] if name.startswith("embeddings/")):
+            read = pq.read_table(path / name, columns=["item_id", "category", "e"])
+            tables.append(
+                read.filter(pa.array([(name, item_id) not in gone for item_id in read["item_id"].to_pylist()]))
+            )
         table = pa.concat_tables(tables)
         width = table.schema.field("e").type.list_size
         embeddings = np.concatenate([chunk.flatten().to_numpy() for chunk in table["e"].chunks]).reshape(-1, width)

@@ -1,5 +1,6 @@
 """export: an ONNX file that says what torch says, whole or not at all; code/examples/serve.py answers without torch."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,7 @@ import torch
 from commands import CODE, environment
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
-from worlds import ONE, read_jsonl, tiny_settings
+from worlds import ONE, read_jsonl, tiny_settings, write_jsonl
 
 from tongkuan.base.errors import FailureError, UserError
 from tongkuan.cli.verbs import main
@@ -225,6 +226,26 @@ def test_the_example_finds_the_pairs_of_match_run_without_torch(onnx: Path, data
         )
         scores = [match["score"] for match in answer["matches"]]
         assert scores == sorted(scores, reverse=True)
+
+
+def test_the_example_knows_what_came_and_went_since_the_run(
+    onnx: Path, model: Path, data: Path, catalogue: Path, tmp_path: Path
+) -> None:
+    grown = shutil.copytree(catalogue, tmp_path / "grown")
+    rows = read_jsonl(item_file(data, "test"))
+    first, other = rows[0], read_jsonl(item_file(data, "valid"))[0]
+
+    def found(row: dict[str, Any]) -> set[str]:
+        (answer,) = answers(serve(onnx, grown, listing_of(row), pictures=data / "images"))
+        return {match["item_id"] for match in answer["matches"]}
+
+    assert first["item_id"] in found(first) and other["item_id"] not in found(other)
+    assert main(["match", "remove", first["item_id"], "--out", str(grown)]) == 0
+    assert first["item_id"] not in found(first)
+    write_jsonl(tmp_path / "new.jsonl", [other, first])
+    words = ["--items", tmp_path / "new.jsonl", "--data", data, "--model", model, "--out", grown]
+    assert main(["match", "add", *map(str, words)]) == 0
+    assert first["item_id"] in found(first) and other["item_id"] in found(other)
 
 
 def test_the_example_serves_an_array_by_the_models_threshold(onnx: Path, data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The join of a whole catalogue on arrays: candidates, scores, thresholds and groups."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from match_worlds import catalogue_of, planted
 from tongkuan.base.metrics import best_threshold
 from tongkuan.match import candidates, groups
 from tongkuan.match.candidates import (
+    Neighbours,
     build_index,
     collapse,
     could_match,
@@ -22,7 +24,7 @@ from tongkuan.match.candidates import (
 )
 from tongkuan.match.groups import facts, group
 from tongkuan.match.options import Grouping
-from tongkuan.match.scores import all_pairs, candidate_pairs, exact_scores
+from tongkuan.match.scores import all_pairs, candidate_pairs, exact_cosines, exact_scores
 from tongkuan.match.threshold import Labelled, from_labels, from_sample, warning
 from tongkuan.model.towers import pair_scores
 
@@ -61,15 +63,14 @@ def test_fewer_listings_than_asked_for_leave_places_empty() -> None:
 def test_an_index_finds_what_recall_asks_for_and_says_how_much_it_found() -> None:
     embeddings, _ = planted(2000, width=8, group=2, noise=0.5)
     rows = np.arange(2000, dtype=np.int32)
-    wanted = exact_neighbours(embeddings, rows, 20)
-    counts = could_match(embeddings, rows, wanted)
+    pairs = could_match(embeddings, rows, exact_neighbours(embeddings, rows, 20))
     probes = []
     for recall in (0.5, 0.99, 1.0):
         index = build_index(embeddings, 20, recall)
         probes.append(index.probes)
         assert index.recall >= recall
-        found = index_neighbours(embeddings, index, rows, 20)
-        assert recall_of(found, wanted, counts) == pytest.approx(index.recall, abs=0.03)
+        found = recall_of(partial(index_neighbours, embeddings, index, k=20), *pairs)
+        assert found == pytest.approx(index.recall, abs=0.03)
     assert probes == sorted(probes) and probes[0] < probes[-1]
 
 
@@ -78,18 +79,24 @@ def test_recall_counts_pairs_that_are_nearer_to_each_other_than_to_their_neighbo
     rows = np.arange(400, dtype=np.int32)
     found = exact_neighbours(embeddings, rows, 20)
     means = local_means(found)
-    scaled = 2 * found.cosines - means[:, None] - means[found.rows]
-    counts = could_match(embeddings, rows, found)
-    assert (scaled[counts] > 0).all()
-    assert counts[products[rows][:, None] == products[found.rows]].mean() > 0.95, "mates, and hardly anything else"
-    assert counts.sum() < 1.2 * 3 * 400
+    left, right = could_match(embeddings, rows, found)
+    assert (2 * exact_cosines(embeddings, left, right) > means[left] + means[right]).all()
+    assert (products[left] == products[right]).sum() == 400 * 3, "all mates"
+    assert len(left) < 1.2 * 3 * 400, "and hardly anything else"
+
+
+def test_a_pair_is_found_when_either_names_the_other() -> None:
+    named = Neighbours(np.zeros((3, 1), np.float32), np.array([[1], [2], [0]], np.int32))
+    left, right = (np.array(rows, np.int32) for rows in ([0, 1, 2, 0], [1, 0, 1, 0]))
+    assert recall_of(lambda rows: Neighbours(named.cosines[rows], named.rows[rows]), left, right) == 0.75
+    assert recall_of(lambda rows: named, left[:0], right[:0]) == 1
 
 
 def test_without_a_pair_that_could_match_the_nearest_count() -> None:
     embeddings = np.eye(16, dtype=np.float32)
     rows = np.arange(16, dtype=np.int32)
     found = exact_neighbours(embeddings, rows, 5)
-    assert could_match(embeddings, rows, found).any(), "all as near as each other"
+    assert len(could_match(embeddings, rows, found)[0]), "all as near as each other"
 
 
 def test_an_index_is_the_same_when_built_again_and_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_groups_are_named_by_their_smallest_id_and_say_how_sure_they_are(whole: 
 
 def test_the_manifest_says_what_made_it_and_how_much_was_found(whole: Path) -> None:
     manifest = json.loads((whole / "manifest.json").read_bytes())
-    assert manifest["recall"] == {"of_matches": 1.0, "of_neighbours": 1.0}
+    assert manifest["recall"] == {"of_matches": 1.0, "of_candidates": 1.0}
     assert manifest["threshold"] == {"value": -4.0, "source": "given", "reason": "as given"}
     assert manifest["counts"]["listings"] == 18 and len(manifest["sha256"]["model"]) == 64
     assert manifest["counts"]["pairs"] == len(parts(whole, "pairs")["left"])

@@ -149,7 +149,7 @@ DRY_RUN = switch("--dry-run", "dry_run", "only report counts, memory and, by a p
 WITHIN = Option("--within", "within", "W", "none, or category", "none", str, {"choices": ("none", "category")})
 CANDIDATES = Option("--candidates", "candidates", "N", "nearest of a listing to score", 50, Whole(1, 1000))
 SCALED = Option("--threshold", "threshold", "T", "auto: by labels, if any", "auto", real_or_auto)
-RECALL = Option("--recall", "recall", "R", "of neighbours, for an index", 0.99, Real(above=0, most=1))
+RECALL = Option("--recall", "recall", "R", "of pairs that could match", 0.99, Real(above=0, most=1))
 ENGINE = Option("--engine", "engine", "E", "exact, faiss or auto", "auto", str, {"choices": ("auto", "exact", "faiss")})
 GROUPS = Option("--groups", "groups", "G", "average, or strict", "average", str, {"choices": ("average", "strict")})
 PARTITION_SIZE = Option("--partition-size", "partition_size", "N", "listings a file", 100_000, Whole(1, 10_000_000))

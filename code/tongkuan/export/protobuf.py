@@ -1,7 +1,7 @@
 """As much of protobuf's wire format as it takes to put weights and a card into an ONNX file.
 
 torch writes the graph; the numbers are those of https://protobuf.dev/programming-guides/encoding/ and onnx.proto. The
-package onnx would hold all weights in memory once more, and is larger than all else that this takes.
+package onnx, which torch's exporter imports, would hold all weights in memory once more.
 """
 
 from collections.abc import Iterable, Iterator

@@ -10,6 +10,7 @@ Arrays in, arrays out: no file, no model. Embeddings are float32 (N, 2D); rows a
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import faiss
 import numpy as np
@@ -47,7 +48,7 @@ class Index:
     lists: faiss.IndexIVFFlat
     probes: int
     recall: float
-    """On a sample, of the neighbours that could match, see `could_match`."""
+    """Of the pairs of a sample that could match, from either side, see `could_match`."""
 
 
 def collapse(embeddings: Embeddings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -109,12 +110,12 @@ def build_index(embeddings: Embeddings, k: int, recall: float, seed: int = SEED)
     for start in range(0, count, BASE):
         lists.add(unit_rows(embeddings[start : start + BASE]))
     sample = np.sort(generator.choice(count, min(count, SAMPLE), replace=False)).astype(np.int32)
-    wanted, probes = exact_neighbours(embeddings, sample, k), FIRST_PROBES
-    counts = could_match(embeddings, sample, wanted)
+    probes = FIRST_PROBES
+    pairs = could_match(embeddings, sample, exact_neighbours(embeddings, sample, k))
     while True:
         probes = min(probes, num_lists)
         index = Index(lists, probes, 1.0)
-        measured = recall_of(index_neighbours(embeddings, index, sample, k), wanted, counts)
+        measured = recall_of(partial(index_neighbours, embeddings, index, k=k), *pairs)
         if measured >= recall or probes == num_lists:
             return Index(lists, probes, measured)
         probes *= 2
@@ -172,8 +173,8 @@ def local_means(neighbours: Neighbours) -> NDArray[np.float64]:
     return means
 
 
-def could_match(embeddings: Embeddings, rows: Rows, found: Neighbours) -> NDArray[np.bool_]:
-    """Which of the exact neighbours (Q, k) of some rows are nearer to each other than to their neighbourhoods.
+def could_match(embeddings: Embeddings, rows: Rows, found: Neighbours) -> tuple[Rows, Rows]:
+    """(row, neighbour) of those exact neighbours (Q, k) of some rows that are nearer than their neighbourhoods are.
 
     The rest of the k are the background of a listing, which no match comes of. Without any such pair: all that are
     nearer than the listing's neighbourhood.
@@ -184,11 +185,14 @@ def could_match(embeddings: Embeddings, rows: Rows, found: Neighbours) -> NDArra
     of_others = np.append(local_means(exact_neighbours(embeddings, others, NEAREST)), 0)
     scaled = 2 * found.cosines.astype(np.float64) - means - of_others[np.searchsorted(others, found.rows)]
     both = near & (scaled > 0)
-    return both if both.any() else near
+    places, columns = np.nonzero(both if both.any() else near)
+    return rows[places], found.rows[places, columns]
 
 
-def recall_of(found: Neighbours, wanted: Neighbours, counts: NDArray[np.bool_]) -> float:
-    """Share of those of the wanted neighbours that count (Q, k) that were found: 0 to 1."""
-    places = np.arange(len(counts), dtype=np.int64)[:, None] << 32  # so that each pair is one number
-    hits = np.isin((places + wanted.rows)[counts], places + found.rows).sum()
-    return float(hits) / max(int(counts.sum()), 1)
+def recall_of(search: Callable[[Rows], Neighbours], left: Rows, right: Rows) -> float:
+    """Share of pairs (P,) of which one names the other among its neighbours: 0 to 1, 1 when there are none."""
+    queries, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+    named = search(queries.astype(np.int32)).rows
+    of_left, of_right = np.split(places, 2)
+    hits = (named[of_left] == right[:, None]).any(axis=1) | (named[of_right] == left[:, None]).any(axis=1)
+    return float(hits.mean()) if len(hits) else 1.0

@@ -19,7 +19,7 @@ class Options:
     threshold: float | None = None
     """Of scaled cosines; None: by labels or by a sample."""
     recall: float = 0.99
-    """Of neighbours, that an index must reach."""
+    """Of pairs that could match, that an index must reach."""
     engine: Engine = "auto"
     groups: Grouping = "average"
     partition_size: int = 100_000

@@ -160,7 +160,7 @@ def finish(
         "blank_pictures": encoded.blank,
         "options": asdict(options),
         "engine": join.engine,
-        "recall": {"of_matches": recall, "of_neighbours": join.facts.get("recall", 1.0)},
+        "recall": {"of_matches": recall, "of_candidates": join.facts.get("recall", 1.0)},
         "probes": join.facts.get("probes"),
         "score_above": score_floor,
         "threshold": asdict(threshold),
