@@ -58,6 +58,8 @@ def export(model_path: Path, data_dir: Path | None, split: str, items: int, out:
     print("\n".join([f"{out}: {file_sizes(out)}, made of {model_path}", *lines]))
     if data_dir is None:
         print(f"next: {entrypoint('export', '--data', 'DIR')} compares on listings of your own")
+    else:
+        print("next: code/examples/serve.py answers with it and without torch; its first lines say how")
 
 
 def exported(out: Path, model: ItemModel, about: Card, stores: list[ItemStore]) -> list[str]:
