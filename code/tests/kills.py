@@ -16,6 +16,7 @@ MODULES = (
     *("torch._dynamo", "torch._subclasses.fake_tensor"),
     *("torch.utils.tensorboard", "timm", "timm.models.convnext", "transformers.models.bert.modeling_bert"),
     *("data_scripts.download", "data_scripts.resize", "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "httpx2"),
+    *("tongkuan.match.groups", "tongkuan.report.views"),  # without pyarrow, which starts a thread
 )
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from tongkuan.base.files import publish
 from tongkuan.match.files import Folder
 from tongkuan.records.items import Item
-from tongkuan.report.page import filled, flat
+from tongkuan.report.template import filled, flat
 from tongkuan.report.views import DAMAGED, MAX_TITLE, MAX_VALUE, NO_FILE, Pictures, clipped
 
 SHOWN, MEMBERS = 12, 8  # groups of a list, listings of a group

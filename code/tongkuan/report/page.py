@@ -7,25 +7,20 @@ JSON and set it as text. Scripts run by their hash alone, so that none can come 
 import base64
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import ceil, floor, log10
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 import orjson
 import vl_convert
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
-HERE = Path(__file__).parent
+from tongkuan.report.template import HERE, filled
+
 SHARED = ("numbers.js", "charts.js", "pairs.js")
 SCRIPTS = {"page.html.j2": "page.js", "explain.html.j2": "explain.js"}
 SLIDER_STEPS = 1000
-POLICY = (
-    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-    "form-action 'none'"
-)
 
 
 def packed(array: NDArray[Any]) -> str:
@@ -63,22 +58,3 @@ def render(template: str, facts: Mapping[str, Any], data: Mapping[str, Any], pic
     own = "".join((HERE / name).read_text(encoding="utf-8") for name in (*SHARED, SCRIPTS[template]))
     scripts = {"library": library, "own": own, "data": compressed(data), "pictures": pictures}
     return filled(template, {**facts, **scripts}, [script_hash(script) for script in (library, own)])
-
-
-def filled(template: str, facts: Mapping[str, Any], scripts: Sequence[str] = ("'none'",)) -> bytes:
-    """A page that runs these scripts and no others, by their hashes."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template(template).render(
-        **facts, style=(HERE / "page.css").read_text(encoding="utf-8"), policy=POLICY.format(scripts=" ".join(scripts))
-    )
-    return page.encode("utf-8", "replace")
-
-
-def flat(value: object, name: str = "") -> list[tuple[str, str]]:
-    """(dotted name, text) of every value of a nested JSON object."""
-    if isinstance(value, dict):
-        return [row for key in value for row in flat(value[key], f"{name}.{key}" if name else str(key))]
-    text = value if isinstance(value, str) else orjson.dumps(value).decode()
-    return [(name, text if len(text) <= 2000 else text[:1999] + "…")]

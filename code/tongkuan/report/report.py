@@ -12,9 +12,10 @@ from tongkuan.base.metrics import quality_at
 from tongkuan.records.result import read_manifest
 from tongkuan.records.rows import read_rows
 from tongkuan.report import charts, content, figures
-from tongkuan.report.page import flat, render
+from tongkuan.report.page import render
 from tongkuan.report.problems import contradictions, read_sides, twins
 from tongkuan.report.result import aligned_margins, find_items, read_scored
+from tongkuan.report.template import flat
 from tongkuan.report.views import Pictures
 
 
