@@ -1,9 +1,9 @@
 """One tower: what an item is read by, as parts that are joined under one embedding.
 
 Each part is a vector of norm 1, or 0 where an item lacks it, times a learned scale; so q_a.q_b is the weighted sum of
-the parts' cosines. p says that a part is there: its usual likeness is taken away where both sides have it, so a part
-that one side lacks says nothing. Keys likewise: equal values add, different ones take away. Listings that are like many
-others are asked for more likeness.
+the parts' cosines. p says that a part is there: a constant is taken away where both sides have it, so that a pair of
+which one side lacks it is judged by what is left. Keys likewise: equal values add, different ones take away. Listings
+that are like many others are asked for more likeness.
 """
 
 from collections.abc import Mapping
