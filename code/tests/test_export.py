@@ -248,6 +248,16 @@ def test_the_example_knows_what_came_and_went_since_the_run(
     assert first["item_id"] in found(first) and other["item_id"] in found(other)
 
 
+def test_the_runtime_keeps_no_identifier_of_the_machine(onnx: Path, tmp_path: Path) -> None:
+    """ONNX Runtime reports to its makers unless told otherwise, and leaves a number below the user's folder for it."""
+    program = (
+        "import pathlib, sys; from tongkuan.export.encoder import OnnxEncoder; OnnxEncoder(pathlib.Path(sys.argv[1]))"
+    )
+    home = {name: str(tmp_path) for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")}
+    subprocess.run([sys.executable, "-P", "-c", program, str(onnx)], env=environment() | home, check=True, timeout=120)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_example_serves_an_array_by_the_models_threshold(onnx: Path, data: Path, tmp_path: Path) -> None:
     ours = OnnxEncoder(onnx)
     rows = read_jsonl(item_file(data, "test"))

@@ -4,6 +4,7 @@ An exported file is one .onnx that holds all that it takes: weights, tokenizer, 
 """
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -123,7 +124,8 @@ class OnnxEncoder:
 
 
 def import_runtime() -> Any:
-    """The module onnxruntime; UserError with the command that installs it."""
+    """The module onnxruntime, told to report nothing to its makers; UserError with the command that installs it."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it is read when the module is imported
     try:
         import onnxruntime
     except ImportError as error:
