@@ -34,9 +34,8 @@ from tongkuan.records.items import Item, attribute_field, inside, text_field
 LONGEST = 1 << 20  # bytes of a listing
 KEYS = ("title", "attributes", "sku_attributes", "picture", "category")
 NEAREST = 10  # neighbours whose mean cosine says how dense it is about a listing, as for `match run`
-SAME = 1 - 1e-6  # cosine of a listing with itself, less what rounding takes
+SAME = 1e-5  # times its largest number: a listing and its copy differ no more, by what ONNX Runtime rounds otherwise
 TOMBSTONES = "tombstones.parquet"  # file, item_id of embeddings that count no more
-CANDIDATES = 50  # listings of the largest cosines, whose own neighbourhoods are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,8 @@ class Catalogue:
     score_above: float
     scaled_above: float | None
     """None: the score alone tells."""
+    means: NDArray[np.float64] | None
+    """(N,), the mean cosine of each with its nearest, where scaled cosines tell."""
 
 
 def open_catalogue(path: Path, encoder: OnnxEncoder) -> Catalogue:
@@ -64,7 +65,7 @@ def open_catalogue(path: Path, encoder: OnnxEncoder) -> Catalogue:
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{path}: no .npy file of numbers; save one by numpy.save") from error
     ids = [*map(str, range(len(embeddings)))] if embeddings.ndim else []
-    return Catalogue(ids, checked(path, embeddings, encoder), None, encoder.card.threshold, None)
+    return Catalogue(ids, checked(path, embeddings, encoder), None, encoder.card.threshold, None, None)
 
 
 def open_folder(path: Path, encoder: OnnxEncoder) -> Catalogue:
@@ -87,6 +88,10 @@ def open_folder(path: Path, encoder: OnnxEncoder) -> Catalogue:
                 read.filter(pa.array([(name, item_id) not in gone for item_id in read["item_id"].to_pylist()]))
             )
         table = pa.concat_tables(tables)
+        groups = pq.read_table(path / "groups.parquet", columns=["item_id", "mean"])
+        mean_of = dict(zip(groups["item_id"].to_pylist(), groups["mean"].to_pylist(), strict=True))
+        item_ids = table["item_id"].to_pylist()
+        means = np.array([mean_of[item_id] for item_id in item_ids], dtype=np.float64)
         width = table.schema.field("e").type.list_size
         embeddings = np.concatenate([chunk.flatten().to_numpy() for chunk in table["e"].chunks]).reshape(-1, width)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
@@ -94,7 +99,7 @@ def open_folder(path: Path, encoder: OnnxEncoder) -> Catalogue:
     if model != encoder.card.model_sha256:
         raise UserError(f"{path}: matched by another model than the exported one; export that one, or match again")
     categories = table["category"].to_pylist() if within == "category" else None
-    return Catalogue(table["item_id"].to_pylist(), checked(path, embeddings, encoder), categories, *limits)
+    return Catalogue(item_ids, checked(path, embeddings, encoder), categories, *limits, means)
 
 
 def checked(path: Path, embeddings: NDArray[Any], encoder: OnnxEncoder) -> NDArray[np.float32]:
@@ -148,10 +153,6 @@ class Matcher:
         if catalogue.categories is not None:
             names, self.codes = np.unique(np.array(catalogue.categories, dtype=str), return_inverse=True)
             self.known = {name: code for code, name in enumerate(names.tolist())}
-        # Listings of equal embeddings count once among the neighbours, as for `match run`.
-        whole = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize))).ravel()
-        copies = np.unique(whole, return_inverse=True)[1].ravel() * len(self.known) + self.codes
-        self.distinct = np.unique(copies, return_index=True)[1]
 
     def matches(self, embedding: NDArray[np.float32], category: str, top: int) -> list[dict[str, Any]]:
         """The best `top` matches of an embedding (2D,), those of the highest score first."""
@@ -159,13 +160,10 @@ class Matcher:
         scores = scores_of(self.catalogue.embeddings, embedding)
         rows = np.flatnonzero((scores > self.catalogue.score_above) & (self.codes == code))
         scores, scaled = scores[rows], np.full(len(rows), np.nan)
-        if self.catalogue.scaled_above is not None and len(rows):
-            unit = unit_rows(embedding[None])
-            cosines = self.units[rows] @ unit[0]
-            near = np.argsort(-cosines, kind="stable")[:CANDIDATES]
-            rows, scores, cosines = rows[near], scores[near], cosines[near]
-            means = self.local_means(np.concatenate([unit, self.units[rows]]), self.codes[rows[0]])
-            scaled = 2 * cosines - means[0] - means[1:]
+        if (means := self.catalogue.means) is not None and len(rows):
+            cosines = self.units @ unit_rows(embedding[None])[0]
+            cosines[self.codes != code] = -np.inf
+            scaled = 2 * cosines[rows] - self.local_mean(embedding, cosines, means) - means[rows]
             passes = scaled > self.catalogue.scaled_above
             rows, scores, scaled = rows[passes], scores[passes], scaled[passes]
         best = np.argsort(-scores, kind="stable")[:top]
@@ -176,17 +174,22 @@ class Matcher:
         found: dict[str, Any] = {"item_id": self.catalogue.item_ids[row], "score": score}
         return found if np.isnan(scaled) else found | {"scaled": scaled}
 
-    def local_means(self, units: NDArray[np.float32], code: int) -> NDArray[np.float64]:
-        """Mean cosine (n,) of listings with their NEAREST of a category; themselves and their copies do not count."""
-        others = self.distinct[self.codes[self.distinct] == code]
-        cosines = (units @ self.units[others].T).astype(np.float64)
-        cosines[cosines > SAME] = -np.inf
-        nearest_first = -np.sort(-cosines, axis=1)[:, :NEAREST]
-        is_there = np.isfinite(nearest_first)
-        means: NDArray[np.float64] = np.where(is_there, nearest_first, 0).sum(axis=1) / np.maximum(
-            is_there.sum(axis=1), 1
-        )
-        return means
+    def local_mean(
+        self, embedding: NDArray[np.float32], cosines: NDArray[np.float32], means: NDArray[np.float64]
+    ) -> float:
+        """Mean of the NEAREST cosines (N,) of a listing, copies of one counted once; a copy has the mean of its own."""
+        near = np.argsort(-cosines, kind="stable")
+        near = near[np.isfinite(cosines[near])]
+        rows = self.catalogue.embeddings
+        gaps = np.abs(rows[near[:NEAREST]] - embedding).max(axis=1)
+        if gaps.min() <= SAME * np.abs(embedding).max():
+            return float(means[near[gaps.argmin()]])
+        distinct: dict[bytes, float] = {}
+        for row in near.tolist():
+            distinct.setdefault(rows[row].tobytes(), float(cosines[row]))
+            if len(distinct) == NEAREST:
+                break
+        return sum(distinct.values()) / len(distinct)
 
 
 def scores_of(embeddings: NDArray[np.float32], embedding: NDArray[np.float32]) -> NDArray[np.float64]:

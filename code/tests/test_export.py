@@ -25,6 +25,11 @@ from tongkuan.export import compare, encoder, write
 from tongkuan.export.compare import by_torch
 from tongkuan.export.encoder import EXTRA, OnnxEncoder
 from tongkuan.learn.train import train
+from tongkuan.match.add import open_like
+from tongkuan.match.files import Folder
+from tongkuan.match.query import Searcher
+from tongkuan.match.state import open_state
+from tongkuan.match.transaction import read_manifest
 from tongkuan.model.colour import SIDE, pooled_in_order
 from tongkuan.model.modelfile import load_model
 from tongkuan.records.items import Item, item_file, read_items
@@ -246,6 +251,26 @@ def test_the_example_knows_what_came_and_went_since_the_run(
     words = ["--items", tmp_path / "new.jsonl", "--data", data, "--model", model, "--out", grown]
     assert main(["match", "add", *map(str, words)]) == 0
     assert first["item_id"] in found(first) and other["item_id"] in found(other)
+
+
+def test_the_example_says_what_match_query_says(
+    onnx: Path, model: Path, data: Path, catalogue: Path, tmp_path: Path
+) -> None:
+    grown = shutil.copytree(catalogue, tmp_path / "grown")
+    new = read_jsonl(item_file(data, "valid"))
+    write_jsonl(tmp_path / "new.jsonl", new[1:])
+    words = ["--items", tmp_path / "new.jsonl", "--data", data, "--model", model, "--out", grown]
+    assert main(["match", "add", *map(str, words)]) == 0
+    searcher = Searcher.of(open_state(Folder(grown)))
+    for row in [new[0], new[1]]:  # one that it does not have, and one that it has
+        write_jsonl(tmp_path / "one.jsonl", [row])
+        with open_like(read_manifest(Folder(grown)), tmp_path / "one.jsonl", data, model) as run:
+            (embedding,) = run.encode("encode", item_ids=[row["item_id"]]).values()
+        hits = {hit.item_id: hit.scaled for hit in searcher.new(embedding, "", 100) if hit.is_match}
+        (answer,) = answers(serve(onnx, grown, listing_of(row), pictures=data / "images"))
+        assert hits and {match["item_id"]: match["scaled"] for match in answer["matches"]} == pytest.approx(
+            hits, abs=1e-4
+        )
 
 
 def test_the_runtime_keeps_no_identifier_of_the_machine(onnx: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tongkuan.match.stores.fill import open_store
 from tongkuan.match.stores.store import Store
 from tongkuan.match.transaction import read_manifest
 
+SAME = 1e-5  # of an embedding's largest number: what encoding in batches of another size may change
 SPARE = 16  # more than is asked for, that products in float32 name and exact ones put in order
 
 
@@ -96,8 +97,9 @@ class Searcher:
         rows, right, cosines = rows[order], right[order], cosines[order]
         means = self.state.means[self.listings.firsts[rows]]
         if mean is None:  # a copy of a stored listing is in the same place as that one
-            is_copy = (self.listings.embeddings[rows] == embedding).all(axis=1)
-            mean = float(means[is_copy][0]) if is_copy.any() else float(cosines[:NEAREST].mean())
+            gaps = np.abs(self.listings.embeddings[rows] - embedding).max(axis=1)
+            is_copy = gaps.min() <= SAME * np.abs(embedding).max()
+            mean = float(means[gaps.argmin()] if is_copy else cosines[:NEAREST].mean())
         scores, scaled = exact_scores(both, left, right), 2 * cosines - mean - means
         verdict = self.state.verdict
         is_match = (scores > verdict.score_floor) & (scaled > verdict.threshold)
