@@ -7,9 +7,9 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pytest
 from commands import wait_for
@@ -19,6 +19,7 @@ from tongkuan.encode.encode import Embeddings
 from tongkuan.match import files
 from tongkuan.match.files import Folder
 from tongkuan.match.stores.store import Store
+from tongkuan.match.transaction import write_manifest
 
 CODE = Path(__file__).resolve().parents[1]
 LOCKS = CODE / "milvus.lock", CODE / "tests" / "servers.lock"
@@ -80,7 +81,10 @@ def matched(
             folder.part("embeddings", number), columns, files.sum_of(model, own, embeddings[rows].tolist())
         )
     files.write_table(folder.groups, {"item_id": pa.array(standing or dict.fromkeys(ids), pa.string())}, "groups")
-    folder.manifest.write_bytes(orjson.dumps({"sha256": {"model": model}}))
+    manifest: dict[str, Any] = {name: {} for name in ("options", "counts")} | {"sha256": {"model": model}}
+    manifest |= {"precision": "fp32", "encode_batch": 1, "score_above": 0.0}
+    manifest |= {"threshold": {"value": 0.0}, "recall": {"of_matches": 1.0}, "files": {folder.groups.name: ""}}
+    write_manifest(folder, manifest)
     return folder
 
 

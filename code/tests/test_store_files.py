@@ -45,7 +45,7 @@ def test_a_folder_that_is_no_catalogue_is_one_line(tmp_path: Path) -> None:
     folder = matched(tmp_path / "others", names(9), some(9), standing=["x"])
     assert "listings that have no embedding" in error_of(*words, folder.path)
     folder.manifest.write_text("[]")
-    assert "names no model" in error_of(*words, folder.path)
+    assert "not a JSON object" in error_of(*words, folder.path)
 
 
 def test_without_pymilvus_the_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,11 @@ def entrypoint(*words: object) -> str:
     return " ".join(["./entrypoint.sh", *map(quote, words)])
 
 
+def pip_install(*words: object) -> str:
+    """The command that installs packages into the Python that runs, as `entrypoint` writes one."""
+    return " ".join(map(quote, (Path(sys.executable), "-m", "pip", "install", *words)))
+
+
 def quote(word: object) -> str:
     """A word as the shell takes it. What the terminal cannot show goes by its bytes, as bash's `$'...'` has them."""
     text = str(word)

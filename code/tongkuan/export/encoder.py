@@ -5,7 +5,6 @@ An exported file is one .onnx that holds all that it takes: weights, tokenizer, 
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import orjson
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tongkuan.base.errors import UserError, clip, missing, quote
+from tongkuan.base.errors import UserError, clip, missing, pip_install
 from tongkuan.records.arrays import fit_tokenizer, padded_tokens, padded_words, stacked_pictures
 from tongkuan.records.attributes import AttributeStyle, item_text
 from tongkuan.records.items import Item
@@ -129,8 +128,9 @@ def import_runtime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        command = f"{quote(Path(sys.executable))} -m pip install {' '.join(EXTRA)}"
-        raise UserError(f"the Python package onnxruntime is not installed; install it: {command}") from error
+        raise UserError(
+            f"the Python package onnxruntime is not installed; install it: {pip_install(*EXTRA)}"
+        ) from error
     return onnxruntime
 
 

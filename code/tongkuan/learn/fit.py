@@ -49,6 +49,10 @@ class Columns:
     there: list[Tensor] = field(default_factory=list)
     """By projected part, then by kind of word, whether both sides have it."""
 
+    def stacked(self) -> Tensor:
+        """What has a weight: (pairs, likeness + common + both)."""
+        return torch.stack([*self.likeness, *self.common, *self.both], dim=1)
+
 
 def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], features: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Set all of a tower but its encoders from labelled pairs and `features_of` their items; the same on every rank."""
@@ -82,8 +86,7 @@ def fit(tower: OneTower, store: ItemStore, pairs: Sequence[Pair], features: Mapp
         usual = centre(columns)
         with torch.enable_grad():
             likeness, common, both, bias = regression(columns, labels)
-        scores = torch.stack([*columns.likeness, *columns.common, *columns.both], dim=1)
-        scores = scores @ torch.cat([likeness, common, both]) + bias
+        scores = columns.stacked() @ torch.cat([likeness, common, both]) + bias
         taken = likeness[: len(usual)] * usual
         more = corrections(columns, lost_together(tower), likeness, taken, scores, labels)
         lack, bias = (taken + more).sqrt(), bias + more.sum()
@@ -229,7 +232,7 @@ def dot(weights: dict[int, float], other: NDArray[np.float64]) -> float:
 
 def regression(columns: Columns, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights of likeness, commonness and both, and the bias: log-odds of labels float64 (pairs,)."""
-    stacked = torch.stack([*columns.likeness, *columns.common, *columns.both], dim=1)
+    stacked = columns.stacked()
     mean, deviation = stacked.mean(dim=0), stacked.std(dim=0)
     scale = torch.where(deviation > 1e-9, 1 / deviation.clamp(min=1e-9), 0.0)  # a column that says nothing weighs 0
     inputs = (stacked - mean) * scale

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongkuan.encode.encode import Embeddings
+from tongkuan.learn.batches import products_of
 from tongkuan.match.candidates import NEAREST, exact_neighbours, local_means
 from tongkuan.match.scores import Catalogue, Numbers, exact_cosines, exact_scores
 from tongkuan.match.threshold import REJECTED, Labelled
-from tongkuan.records.items import Item, Pair, components, item_file, pair_file, read_items, read_pairs
+from tongkuan.records.items import Item, Pair, item_file, pair_file, read_items, read_pairs
 from tongkuan.records.labels import pair_key
 from tongkuan.records.rows import given, is_given
 
@@ -51,12 +52,7 @@ def labelled_items(data_dir: Path, split: str, items: dict[str, Item]) -> Labell
 
 def chosen(split: str, items: dict[str, Item], pairs: Sequence[Pair]) -> LabelledItems:
     """The first groups, with no more than MOST_LABELLED listings; one that is larger by itself counts all the same."""
-    same = [pair for pair in pairs if pair.label == 1]
-    groups: dict[str, int] = {}
-    for number, indices in enumerate(components(same)):
-        groups |= {item_id: number for index in indices for item_id in (same[index].left, same[index].right)}
-    alone = dict.fromkeys(item_id for pair in pairs for item_id in (pair.left, pair.right) if item_id not in groups)
-    groups |= {item_id: len(same) + number for number, item_id in enumerate(alone)}
+    groups = products_of(pairs)
     by_group: dict[int, list[str]] = {}
     for pair in pairs:
         for item_id in (pair.left, pair.right):

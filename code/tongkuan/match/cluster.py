@@ -9,21 +9,19 @@ import importlib
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
-from tongkuan.base.errors import FailureError, UserError, clip
+from tongkuan.base.errors import FailureError, UserError, clip, pip_install
 from tongkuan.base.terminal import say
 from tongkuan.encode.inference import Inference
 from tongkuan.encode.store import ItemStore
 from tongkuan.match.machines import Done, EncodedPart, Job, Part
 from tongkuan.match.ship import Encoder, Shipment
 
-RAY = "ray==2.60.0"
 RETRIES = 5  # of a partition that is lost with its node
 CONNECT_SECONDS = 5
 WAIT_SECONDS = 30  # for a result, until it is worth while to ask whether there is a node at all
@@ -35,7 +33,8 @@ def connect(address: str) -> Iterator["Cluster"]:
     try:
         ray = importlib.import_module("ray")
     except ImportError:
-        raise UserError(f"--ray: Ray is not installed; run {sys.executable} -m pip install {RAY}") from None
+        install = pip_install("--no-deps", "--require-hashes", "-r", "code/cluster.lock")
+        raise UserError(f"--ray: Ray is not installed: {install}") from None
     before = signal.getsignal(signal.SIGTERM)
     host, _, port = address.partition(":")
     try:

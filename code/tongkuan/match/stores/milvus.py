@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tongkuan.base.errors import UserError, clip, quote
+from tongkuan.base.errors import UserError, clip, pip_install
 from tongkuan.encode.encode import Embeddings
 from tongkuan.match.options import STORE_TOKEN
 from tongkuan.match.stores.store import Found, Hits, answer, checked_units, rows_to_store
@@ -71,7 +70,7 @@ def connect(url: str) -> Iterator[Server]:
     try:
         import pymilvus
     except ModuleNotFoundError as error:
-        install = f"{quote(sys.executable)} -m pip install --no-deps --require-hashes -r code/milvus.lock"
+        install = pip_install("--no-deps", "--require-hashes", "-r", "code/milvus.lock")
         raise UserError(f"--store needs {error.name}, which is not installed: {install}") from error
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints tracebacks of what it raises, too
     token = os.environ.get(STORE_TOKEN, "")

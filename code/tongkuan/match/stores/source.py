@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tongkuan.base.errors import UserError, missing
+from tongkuan.base.errors import UserError
 from tongkuan.encode.encode import Embeddings
 from tongkuan.match import files
 from tongkuan.match.files import MADE_OF, Folder, sum_of
+from tongkuan.match.transaction import read_manifest
 
 ADVICE = "run ./entrypoint.sh match run"
 COLUMNS = ("item_id", "category", "e")
@@ -47,7 +47,7 @@ class Source:
     @classmethod
     def of(cls, folder: Folder) -> "Source":
         """Read all but the embeddings. UserError when it is no finished catalogue or its files do not fit."""
-        model = read_model(folder)
+        model = read_manifest(folder)["sha256"]["model"]
         paths = sorted((folder.path / "embeddings").glob("part-*.parquet"))
         standing = set(read(folder.groups, ["item_id"])["item_id"].to_pylist())
         tables = [read(path, ["item_id"]) for path in paths]
@@ -83,16 +83,6 @@ class Source:
             found.append(batch.embeddings[places[(places >= start) & (places < stop)] - start])
             start = stop
         return np.concatenate(found)
-
-
-def read_model(folder: Folder) -> str:
-    """The sum of the model that the manifest names."""
-    try:
-        return str(orjson.loads(folder.manifest.read_bytes())["sha256"]["model"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing(folder.manifest, f"no such file, so no finished catalogue; {ADVICE}") from None
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder.manifest}: names no model; {ADVICE} again") from error
 
 
 def read(path: Path, columns: Sequence[str]) -> pa.Table:
