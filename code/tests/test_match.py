@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from match_worlds import catalogue_of, planted
@@ -63,7 +64,8 @@ def test_fewer_listings_than_asked_for_leave_places_empty() -> None:
 def test_an_index_finds_what_recall_asks_for_and_says_how_much_it_found() -> None:
     embeddings, _ = planted(2000, width=8, group=2, noise=0.5)
     rows = np.arange(2000, dtype=np.int32)
-    pairs = could_match(embeddings, rows, exact_neighbours(embeddings, rows, 20))
+    search = partial(exact_neighbours, embeddings, k=20)
+    pairs = could_match(search, rows, search(rows))
     probes = []
     for recall in (0.5, 0.99, 1.0):
         index = build_index(embeddings, 20, recall)
@@ -79,7 +81,7 @@ def test_recall_counts_pairs_that_are_nearer_to_each_other_than_to_their_neighbo
     rows = np.arange(400, dtype=np.int32)
     found = exact_neighbours(embeddings, rows, 20)
     means = local_means(found)
-    left, right = could_match(embeddings, rows, found)
+    left, right = could_match(partial(exact_neighbours, embeddings, k=20), rows, found)
     assert (2 * exact_cosines(embeddings, left, right) > means[left] + means[right]).all()
     assert (products[left] == products[right]).sum() == 400 * 3, "all mates"
     assert len(left) < 1.2 * 3 * 400, "and hardly anything else"
@@ -96,7 +98,7 @@ def test_without_a_pair_that_could_match_the_nearest_count() -> None:
     embeddings = np.eye(16, dtype=np.float32)
     rows = np.arange(16, dtype=np.int32)
     found = exact_neighbours(embeddings, rows, 5)
-    assert len(could_match(embeddings, rows, found)[0]), "all as near as each other"
+    assert len(could_match(partial(exact_neighbours, embeddings, k=5), rows, found)[0]), "all as near as each other"
 
 
 def test_an_index_is_the_same_when_built_again_and_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +109,14 @@ def test_an_index_is_the_same_when_built_again_and_on_any_number_of_cores(monkey
         neighbours = index_neighbours(embeddings, build_index(embeddings, 10, 0.9), rows, 10)
         found.append((neighbours.cosines.tobytes(), neighbours.rows.tobytes()))
     assert found[0] == found[1]
+
+
+def test_a_search_leaves_torch_its_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, _ = planted(300)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(candidates, "available_cores", lambda: before + 1)
+    index_neighbours(embeddings, build_index(embeddings, 10, 0.9), np.arange(300, dtype=np.int32), 10)
+    assert torch.get_num_threads() == before
 
 
 def test_identical_listings_are_one_and_keep_the_order_of_their_first() -> None:

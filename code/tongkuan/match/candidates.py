@@ -9,8 +9,10 @@ Arrays in, arrays out: no file, no model. Embeddings are float32 (N, 2D); rows a
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import faiss
 import numpy as np
@@ -27,8 +29,10 @@ SAMPLE = 500  # rows on which the recall of an index is measured
 QUERIES, BASE = 8192, 65_536  # rows of a block of queries and of what they are held against
 LISTS = 4  # times the square root of N, lists of an index: with one times, recall falls and the work grows
 FIRST_PROBES = 8  # lists that are looked into at first
-TRAINED_ON = 64  # rows a list
-ITERATIONS = 10  # of k-means
+TRAINED_ON = 32  # rows a list
+ITERATIONS = 6  # of k-means
+CODED, CODE_BITS = 2, 4  # numbers of an embedding that share a code, and its bits
+LOOKED_AT = 5  # times k, listings that are nearest by their codes and are then looked at exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,16 @@ class Neighbours:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Inverted lists of unit vectors, and how well they find what an exact search finds."""
+    """Inverted lists of codes, and how well they find what an exact search finds.
 
-    lists: faiss.IndexIVFFlat
+    A code says roughly where a unit vector lies (product quantisation, Jegou et al. 2011), in a sixteenth of its bytes,
+    and is compared in registers (fast scan, Andre et al. 2015). What is nearest by codes is then looked at exactly.
+    """
+
+    lists: Any
+    """faiss.IndexIVFPQFastScan. Not typed: what faiss says of its types is of C++ in part."""
+    lengths: NDArray[np.float32]
+    """(N,), of the embeddings; 1 of those of zeros."""
     probes: int
     recall: float
     """Of the pairs of a sample that could match, from either side, see `could_match`."""
@@ -79,11 +90,22 @@ def unit_rows(embeddings: Embeddings) -> Embeddings:
     return np.divide(embeddings, np.where(lengths > 0, lengths, 1), dtype=np.float32)
 
 
+@contextmanager
+def threads_of_faiss(count: int) -> Iterator[None]:
+    """What faiss does inside it does on so many threads. Torch may share OpenMP with it, and keep what is left set."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def exact_neighbours(embeddings: Embeddings, queries: Rows, k: int) -> Neighbours:
     """The k nearest of each row in `queries` among all rows, found by looking at all of them."""
 
+    @threads_of_faiss(1)  # sums cut otherwise would end in other bits
     def search(rows: Rows) -> Neighbours:
-        faiss.omp_set_num_threads(1)  # of this thread: sums cut otherwise would end in other bits
         units = unit_rows(embeddings[rows])
         found = Neighbours(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int32))
         for start in range(0, len(embeddings), BASE):
@@ -98,27 +120,36 @@ def exact_neighbours(embeddings: Embeddings, queries: Rows, k: int) -> Neighbour
 
 def build_index(embeddings: Embeddings, k: int, recall: float, seed: int = SEED) -> Index:
     """An index whose recall of a sample's neighbours is at least `recall`: probes are doubled until it is so."""
-    faiss.omp_set_num_threads(available_cores())
     count, width = embeddings.shape
     num_lists = max(1, min(round(LISTS * math.sqrt(count)), count))
-    lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_lists, faiss.METRIC_INNER_PRODUCT)
+    coarse = faiss.IndexFlatIP(width)
+    metric = faiss.METRIC_INNER_PRODUCT
+    lists = faiss.IndexIVFPQFastScan(coarse, width, num_lists, max(1, width // CODED), CODE_BITS, metric)
+    lists.by_residual = False
     lists.cp.spherical, lists.cp.niter, lists.cp.seed = True, ITERATIONS, seed
     lists.cp.min_points_per_centroid, lists.cp.max_points_per_centroid = 1, TRAINED_ON
+    lists.pq.cp.min_points_per_centroid = 1
     generator = np.random.default_rng(seed)
     chosen = generator.choice(count, min(count, TRAINED_ON * num_lists), replace=False)
-    lists.train(unit_rows(embeddings[np.sort(chosen)]))
-    for start in range(0, count, BASE):
-        lists.add(unit_rows(embeddings[start : start + BASE]))
+    with threads_of_faiss(1):  # training shares thousands of short loops out, and waits at the end of each
+        lists.train(unit_rows(embeddings[np.sort(chosen)]))
+    lengths = np.empty(count, np.float32)
+    with threads_of_faiss(available_cores()):
+        for start in range(0, count, BASE):
+            rows = embeddings[start : start + BASE]
+            lengths[start : start + BASE] = np.linalg.norm(rows, axis=1)
+            lists.add(unit_rows(rows))
+    lengths[lengths == 0] = 1
     sample = np.sort(generator.choice(count, min(count, SAMPLE), replace=False)).astype(np.int32)
-    probes = FIRST_PROBES
-    pairs = could_match(embeddings, sample, exact_neighbours(embeddings, sample, k))
+    exact = exact_neighbours(embeddings, sample, k)
+    lists.nprobe = min(FIRST_PROBES, num_lists)
     while True:
-        probes = min(probes, num_lists)
-        index = Index(lists, probes, 1.0)
-        measured = recall_of(partial(index_neighbours, embeddings, index, k=k), *pairs)
-        if measured >= recall or probes == num_lists:
-            return Index(lists, probes, measured)
-        probes *= 2
+        index = Index(lists, lengths, lists.nprobe, 1.0)
+        search = partial(index_neighbours, embeddings, index, k=k)
+        measured = recall_of(search, *could_match(search, sample, exact))
+        if measured >= recall or index.probes == num_lists:
+            return replace(index, recall=measured)
+        lists.nprobe = min(2 * index.probes, num_lists)
 
 
 def index_neighbours(embeddings: Embeddings, index: Index, queries: Rows, k: int) -> Neighbours:
@@ -126,22 +157,36 @@ def index_neighbours(embeddings: Embeddings, index: Index, queries: Rows, k: int
 
     Queries go in the order of their nearest lists: what one has read is in the processor's cache for the next.
     """
-    parameters = faiss.SearchParametersIVF()
-    parameters.nprobe = index.probes
 
-    def nearest_list(rows: Rows) -> Neighbours:
-        faiss.omp_set_num_threads(1)
-        cosines, lists = index.lists.quantizer.search(unit_rows(embeddings[rows]), 1)
+    @threads_of_faiss(1)
+    def nearest_lists(rows: Rows) -> Neighbours:
+        cosines, lists = index.lists.quantizer.search(unit_rows(embeddings[rows]), index.probes)
         return Neighbours(cosines, lists.astype(np.int32))
 
-    def search(rows: Rows) -> Neighbours:
-        faiss.omp_set_num_threads(1)
-        cosines, places = index.lists.search(unit_rows(embeddings[rows]), k + 1, params=parameters)
-        return nearest(cosines, places.astype(np.int32), rows, k)
+    @threads_of_faiss(1)
+    def search(places: Rows) -> Neighbours:
+        rows = queries[places]
+        units = unit_rows(embeddings[rows])
+        wide = LOOKED_AT * (k + 1)
+        _, found = index.lists.search_preassigned(units, wide, probed.rows[places], probed.cosines[places])
+        return nearest(
+            products_by_row(units, embeddings, found) / index.lengths[found], found.astype(np.int32), rows, k
+        )
 
-    order = np.argsort(joined(nearest_list, queries, 1).rows[:, 0], kind="stable")
-    found, back = joined(search, queries[order], k), np.argsort(order)
+    probed = joined(nearest_lists, queries, index.probes)
+    order = np.argsort(probed.rows[:, 0], kind="stable").astype(np.int32)
+    found, back = joined(search, order, k), np.argsort(order)
     return Neighbours(found.cosines[back], found.rows[back])
+
+
+def products_by_row(units: Embeddings, embeddings: Embeddings, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Inner products (Q, n) of each of Q vectors with n embeddings of its own; `rows` (Q, n) may have -1: of any."""
+    products = np.empty(rows.shape, np.float32)
+    rows = np.ascontiguousarray(np.maximum(rows, 0))
+    library: Any = faiss
+    pointers = map(library.swig_ptr, (products, units, embeddings, rows))
+    library.fvec_inner_products_by_idx(*pointers, embeddings.shape[1], *rows.shape)
+    return products
 
 
 def nearest(cosines: NDArray[np.float32], found: Rows, queries: Rows, k: int) -> Neighbours:
@@ -173,16 +218,16 @@ def local_means(neighbours: Neighbours) -> NDArray[np.float64]:
     return means
 
 
-def could_match(embeddings: Embeddings, rows: Rows, found: Neighbours) -> tuple[Rows, Rows]:
+def could_match(search: Callable[[Rows], Neighbours], rows: Rows, found: Neighbours) -> tuple[Rows, Rows]:
     """(row, neighbour) of those exact neighbours (Q, k) of some rows that are nearer than their neighbourhoods are.
 
-    The rest of the k are the background of a listing, which no match comes of. Without any such pair: all that are
-    nearer than the listing's neighbourhood.
+    The rest of the k are the background of a listing, which no match comes of. How dense a neighbourhood is, `search`
+    says: it is what matches are held against. Without any such pair: all that are nearer than the listing's own.
     """
-    means = local_means(found)[:, None]
+    means = local_means(search(rows))[:, None]
     near = found.cosines >= means
     others = np.unique(found.rows[near])
-    of_others = np.append(local_means(exact_neighbours(embeddings, others, NEAREST)), 0)
+    of_others = np.append(local_means(search(others)), 0)
     scaled = 2 * found.cosines.astype(np.float64) - means - of_others[np.searchsorted(others, found.rows)]
     both = near & (scaled > 0)
     places, columns = np.nonzero(both if both.any() else near)

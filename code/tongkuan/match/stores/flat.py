@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tongkuan.base.machine import available_cores
 from tongkuan.encode.encode import Embeddings
 from tongkuan.encode.store import prefetch
+from tongkuan.match.candidates import threads_of_faiss
 from tongkuan.match.stores.store import Found, Hits, answer, checked_units, rows_to_store
 
 QUERIES = 1024  # looked up together: of fewer, the library takes each by itself, which is slower by a factor of five
@@ -63,9 +64,9 @@ class FaissStore:
 
         return answer(look_up, units, k, most)
 
+    @threads_of_faiss(1)  # the library's own wait for each other longer than they work
     def look_up(self, queries: Embeddings, asked: int, wanted: NDArray[np.bool_], stored: Embeddings) -> list[Hits]:
         """What the index finds among the wanted rows (N,)."""
-        faiss.omp_set_num_threads(1)  # of this thread: the library's own wait for each other longer than they work
         bits = np.packbits(wanted, bitorder="little")
         parameters = faiss.SearchParameters()
         if not wanted.all():  # with a selector it is slower for many queries
