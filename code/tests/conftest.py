@@ -41,13 +41,13 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Towers of a few thousand weights are fastest on one thread, and threads of several processes would fight."""
-    threads = torch.get_num_threads()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Towers of a few thousand weights are fastest on one thread, and threads of several processes would fight.
+
+    Before each test and its fixtures: faiss shares OpenMP with torch, and a search leaves it a thread a core.
+    """
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_scripts import sample
 from tongkuan.base.errors import UserError
-from tongkuan.cli.verbs import main
 from tongkuan.records.attribute_syntax import MAX_DEPTH, pairs_of_value, plain
 from tongkuan.records.attributes import TEN_KEYS, attributes_of, item_text, normalise, parse_attributes
 from tongkuan.records.items import Item, info_row, parse_item
@@ -233,12 +233,11 @@ def quoted_attributes(text: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
+def items() -> list[Item]:
     """Of the sample catalogue, and of real data where it is at hand."""
-    raw = tmp_path_factory.mktemp("catalogue") / "raw"
-    main(["sample", "--raw", str(raw), "--products", "40"])
-    files = [*sorted(raw.glob("item_*_info.jsonl")), *sorted(DATA.glob("*/item_*_info.jsonl"))]
-    found = [parse_item(orjson.loads(line), "here") for file in files for line in file.read_bytes().splitlines()]
+    rows = [listing.row for listings in sample.plan(40).listings.values() for listing in listings]
+    rows += [orjson.loads(line) for file in sorted(DATA.glob("*/item_*_info.jsonl")) for line in file.open("rb")]
+    found = [parse_item(row, "here") for row in rows]
     assert len(found) > 50
     return found
 

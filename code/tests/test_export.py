@@ -1,9 +1,11 @@
 """export: an ONNX file that says what torch says, whole or not at all; code/examples/serve.py answers without torch."""
 
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,11 +56,13 @@ def exported(model: Path, out: Path, *more: object) -> OnnxEncoder:
     return OnnxEncoder(out)
 
 
-@pytest.fixture(autouse=True)
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How fast it is takes seconds to tell."""
-    monkeypatch.setattr(compare, "LONG_ENOUGH", 0.0)
-    monkeypatch.setattr(compare, "TURNS", 1)
+@pytest.fixture(autouse=True, scope="module")
+def brief() -> Iterator[None]:
+    """How fast it is takes seconds to tell, in each fixture too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "LONG_ENOUGH", 0.0)
+        patch.setattr(compare, "TURNS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -240,17 +244,20 @@ def test_the_example_knows_what_came_and_went_since_the_run(
     rows = read_jsonl(item_file(data, "test"))
     first, other = rows[0], read_jsonl(item_file(data, "valid"))[0]
 
-    def found(row: dict[str, Any]) -> set[str]:
-        (answer,) = answers(serve(onnx, grown, listing_of(row), pictures=data / "images"))
-        return {match["item_id"] for match in answer["matches"]}
+    def find_themselves() -> list[bool]:
+        found = answers(serve(onnx, grown, *map(listing_of, (first, other)), pictures=data / "images"))
+        return [
+            row["item_id"] in [match["item_id"] for match in answer["matches"]]
+            for row, answer in zip((first, other), found, strict=True)
+        ]
 
-    assert first["item_id"] in found(first) and other["item_id"] not in found(other)
+    assert find_themselves() == [True, False]
     assert main(["match", "remove", first["item_id"], "--out", str(grown)]) == 0
-    assert first["item_id"] not in found(first)
+    assert find_themselves() == [False, False]
     write_jsonl(tmp_path / "new.jsonl", [other, first])
     words = ["--items", tmp_path / "new.jsonl", "--data", data, "--model", model, "--out", grown]
     assert main(["match", "add", *map(str, words)]) == 0
-    assert first["item_id"] in found(first) and other["item_id"] in found(other)
+    assert find_themselves() == [True, True]
 
 
 def test_the_example_says_what_match_query_says(
@@ -299,7 +306,7 @@ def test_hostile_listings_are_one_line_each_and_the_rest_is_answered(
     onnx: Path, data: Path, catalogue: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
-    Image.new("L", (20_000, 20_000)).save(tmp_path / "large.png")
+    Image.new("1", (10_000, 10_001)).save(tmp_path / "large.png")
     secret = tmp_path.parent / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
     wrong: dict[str, Any] = {
@@ -324,14 +331,19 @@ def test_hostile_listings_are_one_line_each_and_the_rest_is_answered(
             assert answer["error"].startswith(f"line {number}: ")
 
 
-def test_a_wrong_catalogue_is_one_line(onnx: Path, catalogue: Path, tmp_path: Path) -> None:
+def test_a_wrong_catalogue_is_one_line(
+    onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     np.save(tmp_path / "narrow.npy", np.zeros((3, 4), np.float32))
     np.save(tmp_path / "nan.npy", np.full((3, OnnxEncoder(onnx).width), np.nan, np.float32))
     np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "text.npy").write_text("hello")
     (tmp_path / "empty").mkdir()
+    program = runpy.run_path(str(SERVE))
     for name in ("narrow.npy", "nan.npy", "pickle.npy", "text.npy", "empty", "nowhere"):
-        done = serve(onnx, tmp_path / name, {"title": "杯子"})
-        assert done.returncode == 2 and not done.stdout
-        [line] = done.stderr.decode().splitlines()
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(onnx), "--catalogue", str(tmp_path / name)])
+        assert program["main"]() == 2
+        printed = capsys.readouterr()
+        assert not printed.out
+        [line] = printed.err.splitlines()
         assert line.startswith(f"serve.py: {tmp_path / name}: "), line

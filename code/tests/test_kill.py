@@ -74,8 +74,9 @@ class Verbs:
         self.server.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def verbs() -> Iterator[Verbs]:
+    """One for all, since each verb has a process of its own and the imports take seconds."""
     verbs = Verbs()
     yield verbs
     verbs.close()

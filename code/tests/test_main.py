@@ -40,9 +40,9 @@ def test_without_a_verb_it_says_what_there_is() -> None:
 
 
 def test_a_users_error_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:
-    done = run_verb("predict", "--data", tmp_path, "--model", tmp_path / "none.safetensors", "--submit", tmp_path / "s")
+    done = run_verb("check", "--submit", tmp_path, "--pairs", tmp_path / "none.jsonl")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and "no such model" in done.stderr
+    assert done.stderr.count("\n") == 1 and "no such file" in done.stderr
 
 
 def test_an_unknown_verb_or_option_is_answered_with_the_nearest() -> None:

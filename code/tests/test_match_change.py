@@ -65,16 +65,16 @@ def members(groups: dict[str, str]) -> set[frozenset[str]]:
 
 def test_listings_added_one_by_one_find_what_a_full_run_with_the_same_means_finds(tmp_path: Path) -> None:
     """And what a run of all with its own means finds else, or does not find, those means explain."""
-    embeddings, products = planted(80)
-    folder = match_embeddings(tmp_path / "half", ids_of(range(40)), embeddings[:40], VERDICT, Options())
-    for row in range(40, 80):
+    embeddings, products = planted(56)
+    folder = match_embeddings(tmp_path / "half", ids_of(range(36)), embeddings[:36], VERDICT, Options())
+    for row in range(36, 56):
         state = change(folder, embeddings, added=[row])
-    catalogue = Catalogue(embeddings, state.means, np.zeros(80, np.int32))
-    wanted = all_pairs(catalogue, np.arange(80, dtype=np.int32), VERDICT.score_floor, VERDICT.threshold)
+    catalogue = Catalogue(embeddings, state.means, np.zeros(56, np.int32))
+    wanted = all_pairs(catalogue, np.arange(56, dtype=np.int32), VERDICT.score_floor, VERDICT.threshold)
     names = [(f"i{a:03}", f"i{b:03}") for a, b in zip(wanted.left, wanted.right, strict=True)]
     grown = pairs_of(folder)
     assert grown == pytest.approx(dict(zip(names, wanted.scaled, strict=True)), abs=1e-5)
-    whole = match_embeddings(tmp_path / "whole", ids_of(range(80)), embeddings, VERDICT, Options())
+    whole = match_embeddings(tmp_path / "whole", ids_of(range(56)), embeddings, VERDICT, Options())
     fresh, means = pairs_of(whole), open_state(whole).means
     for found, own, other, others in ((grown, state.means, fresh, means), (fresh, means, grown, state.means)):
         for pair in found.keys() - other.keys():

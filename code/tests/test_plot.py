@@ -74,11 +74,9 @@ def test_the_same_result_gives_the_same_bytes_in_every_process(
 ) -> None:
     submit, pairs = result
     plot(submit, pairs, tmp_path / "own.svg")
-    for seed in ("1", "2"):
-        monkeypatch.setenv("PYTHONHASHSEED", seed)
-        ok(run_verb("plot", "--submit", submit, "--pairs", pairs))
-        assert (submit / "scores.svg").read_bytes() == (tmp_path / "own.svg").read_bytes()
-        (submit / "scores.svg").unlink()
+    monkeypatch.setenv("PYTHONHASHSEED", "1")  # of this process it is another
+    ok(run_verb("plot", "--submit", submit, "--pairs", pairs))
+    assert (submit / "scores.svg").read_bytes() == (tmp_path / "own.svg").read_bytes()
 
 
 def test_a_png_is_a_picture(result: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from commands import ok, run_verb
 from safetensors.torch import save_file
 from worlds import write_jsonl
 
@@ -46,7 +45,7 @@ def test_a_result_has_a_row_a_pair_in_order_and_an_embedding_an_item(data: Path,
 def test_one_rank_and_two_write_identical_files(data: Path, model: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         words = ("--data", data, "--model", model, "--submit", tmp_path / str(count), "--nproc", count)
-        ok(run_verb("predict", *words, "--encode-batch", 5))
+        assert main([*map(str, ("predict", *words, "--encode-batch", 5))]) == 0
     assert result(tmp_path / "1") == result(tmp_path / "2")
 
 

@@ -35,11 +35,9 @@ def test_a_result_is_rebuilt_to_the_byte_elsewhere_under_another_hash_seed(
     submit, data, model = world
     before = {path.name: path.read_bytes() for path in submit.iterdir()}
     moved = data.rename(data.with_name("moved"))
-    for seed in ("1", "2"):
-        words = ("--submit", submit, "--data", moved, "--model", model)
-        monkeypatch.setenv("PYTHONHASHSEED", seed)
-        out = ok(run_verb("verify", *words))
-        assert "rebuilt to the byte" in out
+    monkeypatch.setenv("PYTHONHASHSEED", "1")  # of this process it is another
+    out = ok(run_verb("verify", "--submit", submit, "--data", moved, "--model", model))
+    assert "rebuilt to the byte" in out
     assert {path.name: path.read_bytes() for path in submit.iterdir()} == before
 
 

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import zlib
 from collections.abc import Mapping
+from functools import cache
 from math import ceil, floor, log10
 from typing import Any
 
@@ -50,11 +51,18 @@ def script_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def render(template: str, facts: Mapping[str, Any], data: Mapping[str, Any], pictures: Mapping[int, str]) -> bytes:
-    """A page: `facts` go into the template, `data` and `pictures` (base64 by item's number) to its scripts."""
-    library = vl_convert.javascript_bundle(
+@cache
+def chart_library() -> str:
+    """What draws the charts. It takes two seconds to bundle, once for all pages of a process."""
+    bundle: str = vl_convert.javascript_bundle(
         "window.vegaEmbed = vegaEmbed;", vl_version=alt.SCHEMA_VERSION.rpartition(".")[0]
     )
+    return bundle
+
+
+def render(template: str, facts: Mapping[str, Any], data: Mapping[str, Any], pictures: Mapping[int, str]) -> bytes:
+    """A page: `facts` go into the template, `data` and `pictures` (base64 by item's number) to its scripts."""
+    library = chart_library()
     own = "".join((HERE / name).read_text(encoding="utf-8") for name in (*SHARED, SCRIPTS[template]))
     scripts = {"library": library, "own": own, "data": compressed(data), "pictures": pictures}
     return filled(template, {**facts, **scripts}, [script_hash(script) for script in (library, own)])
