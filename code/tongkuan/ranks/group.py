@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from tongkuan.base.errors import FailureError, LostError, UserError, clip
 from tongkuan.base.machine import available_cores
+from tongkuan.ranks.packing import Packer, Unpacker, empty, layout
 from tongkuan.ranks.place import GO_ON, LAUNCHER, REPORTS, STOPPING, Place, alone, find_place, seconds_of
 
 T = TypeVar("T")
@@ -56,6 +57,39 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; a UserError that it raises there is raised on every rank.
+
+        Tensors in it arrive on the rank's device, one after the other: a pickle of all would take their memory again.
+        """
+        if self.world_size == 1:
+            return make()
+        sent: list[Any] = [None, None]  # the value less its tensors, an error
+        tensors: list[torch.Tensor] = []
+        if self.is_first:
+            try:
+                packed = Packer(made := make())
+                sent[0], tensors = packed.data, packed.tensors
+            except UserError as error:
+                sent[1] = error
+        dist.broadcast_object_list(sent, device=self.device)
+        if sent[1] is not None:
+            raise sent[1]
+        if self.is_first:
+            for tensor in tensors:
+                self._broadcast(empty(*layout(tensor), self.device).copy_(tensor))
+            return made
+        unpacked = Unpacker(sent[0], self.device)
+        received: T = unpacked.load()
+        for tensor in unpacked.tensors:
+            self._broadcast(tensor)
+        return received
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        """Fill a dense tensor of this rank's device with rank 0's, as bytes: not every backend has every type."""
+        if tensor.numel():
+            dist.broadcast(tensor.as_strided([tensor.numel()], [1]).view(torch.uint8), 0)
 
     def wait(self) -> None:
         """Return when every rank has come here."""
