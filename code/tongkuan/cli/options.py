@@ -55,6 +55,8 @@ class Option:
     type: Callable[[str], Any] | None = Path
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of argparse's add_argument."""
+    also: str = ""
+    """A second name."""
 
     def but(self, help: str = "", **changes: Any) -> "Option":
         """The same option with another help or default."""
@@ -65,7 +67,7 @@ class Option:
         shown = f"{self.default:g}" if isinstance(self.default, float) else self.default
         given = {"metavar": self.metavar, "default": self.default, "type": self.type, **self.more}
         parser.add_argument(
-            *([self.name] if self.name else []),
+            *filter(None, (self.name, self.also)),
             dest=self.parameter,
             help=self.help if shown is None else f"{self.help} (default {shown})",
             **{name: value for name, value in given.items() if value is not None},
@@ -123,7 +125,8 @@ SPLIT = Option("--split", "split", "S", "which item files", "test", str)
 MODEL = Option("--model", "model_path", "FILE", "the model", Path("weights/model.safetensors"))
 SUBMIT = Option("--submit", "submit_dir", "DIR", "the result", Path("submit"))
 PAIRS = Option("--pairs", "pairs_path", "FILE", "the pairs that were predicted", more={"required": True})
-RUN = Option("--run", "run_dir", "DIR", "checkpoints and curves (default runs/PRESET)")
+# The second name is for torchrun, which takes --run for the beginning of an option of its own.
+RUN = Option("--run", "run_dir", "DIR", "checkpoints and curves (default runs/PRESET)", also="--run-dir")
 OUT = Option("--out", "out", "FILE", "the page")
 PRESET = Option("--preset", "preset", "P", "a name or a YAML file", "ccks2022-63", str)
 OVERRIDES = Option("", "overrides", "section.key=value", "such as train.steps=500", type=None, more={"nargs": "*"})

@@ -22,8 +22,21 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from tongkuan.base.errors import FailureError, LostError, UserError, clip
 from tongkuan.base.machine import available_cores
+from tongkuan.ranks.network import interface_to, own_address
 from tongkuan.ranks.packing import Packer, Unpacker, empty, layout
-from tongkuan.ranks.place import GO_ON, LAUNCHER, REPORTS, STOPPING, Place, alone, find_place, seconds_of
+from tongkuan.ranks.place import (
+    GO_ON,
+    LAUNCH_NODE,
+    LAUNCHER,
+    REPORTS,
+    SRUN,
+    STOPPING,
+    TORCHRUN,
+    Place,
+    alone,
+    find_place,
+    seconds_of,
+)
 
 T = TypeVar("T")
 # How gloo, NCCL and torch's store say that the other end has gone.
@@ -130,10 +143,18 @@ def choose_device(place: Place) -> torch.device:
     """The GPU of this rank, made the current one, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if place.local_rank >= (found := torch.cuda.device_count()):
+    found, name, number = torch.cuda.device_count(), place.launcher.local_rank, place.local_rank
+    if place.world_size > 1 and found > 1 and not place.has_launcher:
+        raise UserError(
+            f"{name} is not set and {found} GPUs are to be seen: set it to the one of this rank, or start a rank a GPU "
+            f"with torchrun, or {alone()}"
+        )
+    if found == 1 and place.launcher is not TORCHRUN:
+        number = 0  # Slurm and Open MPI can give each rank a GPU of its own, as if there were no other
+    if number >= found:
         seen = f"{found} GPUs are to be seen, numbered from 0" if found > 1 else "one GPU is to be seen"
-        raise UserError(f"LOCAL_RANK={place.local_rank}: {seen}; start at most {found} ranks here, or {alone()}")
-    device = torch.device("cuda", place.local_rank)
+        raise UserError(f"{name}={number}: {seen}; start at most {found} ranks here, or {alone()}")
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
@@ -142,10 +163,15 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
     """Enter the process group when all its ranks are there; its store. A request to stop is answered while waiting."""
     limit, where = timedelta(seconds=seconds), f"{place.address}:{place.port}"
     is_server = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if place.rank == 0:
+        check_launch_node(place)
+    if name := interface_to(place.address, place.port):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     with exiting_at_once():
         try:
             server = TCPStore(place.address, place.port, place.world_size, is_server, limit, wait_for_workers=False)
-            store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = PrefixStore(f"job {place.job} attempt {attempt}", server)
             await_ranks(store, place, time.monotonic() + seconds)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -167,19 +193,40 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
     return store
 
 
+def check_launch_node(place: Place) -> None:
+    """UserError when srun was called on another node than that of rank 0, and so has not told where ranks can meet."""
+    is_told = place.launcher.rank == SRUN.rank and not os.environ.get("MASTER_ADDR")
+    if is_told and own_address(place.address, place.port) != place.address:
+        raise UserError(
+            f"{LAUNCH_NODE}={place.address} is not the node of rank 0: srun was called elsewhere; "
+            "set MASTER_ADDR to that node's name, or call srun in a job of sbatch"
+        )
+
+
 def await_ranks(store: Any, place: Place, deadline: float) -> None:
-    """Return when every rank has come to the store. FailureError that names those that have not at the deadline."""
-    store.set(f"here {place.rank}", "")
+    """Return when every rank has come to the store. FailureError that names those that have not at the deadline.
+
+    UserError when two came as one rank, or one with another number of ranks: they were started apart from each other.
+    """
+    size, where = place.launcher.world_size, f"{place.address}:{place.port}"
+    if store.add(f"came {place.rank}", 1) > 1:
+        raise UserError(
+            f"rank {place.rank} is at {where} already: two processes have {place.launcher.rank}={place.rank}; "
+            f"number them apart, or {alone()}"
+        )
+    store.set(f"here {place.rank}", str(place.world_size))
     absent = [rank for rank in range(place.world_size) if rank != place.rank]
     while absent := [rank for rank in absent if not store.check([f"here {rank}"])]:
         if time.monotonic() > deadline:
             names = ", ".join(map(str, absent[:10])) + ("…" if len(absent) > 10 else "")
-            where = f"{place.address}:{place.port}"
             raise FailureError(
-                f"rank {names} of WORLD_SIZE={place.world_size} did not come to {where} in time "
+                f"rank {names} of {size}={place.world_size} did not come to {where} in time "
                 f"(TONGKUAN_STUCK_SECONDS); start them, or {alone()}"
             )
         time.sleep(0.05)
+    counts = (int(store.get(f"here {rank}")) for rank in range(place.world_size))
+    if odd := next((count for count in counts if count != place.world_size), None):
+        raise UserError(f"{where}: ranks of {place.world_size} and of {odd} meet here; set {size} alike, or {alone()}")
 
 
 @contextmanager
