@@ -170,7 +170,7 @@ def test_torchrun_leaves_each_option_to_the_verb_by_one_of_its_names(verb: str) 
             with suppress(SystemExit):
                 words = ["-m", "tongkuan", verb, name, "x"]
                 passed.append(torchrun_parser().parse_args(words).training_script_args == words[2:])
-        wanted = action.option_strings not in ([], ["--nproc"])  # how many ranks, torchrun says
+        wanted = action.option_strings not in ([], ["--nproc"], ["--master"])  # of our own launcher
         assert any(passed) or not wanted, action.option_strings
 
 
@@ -310,7 +310,7 @@ def test_a_rank_of_a_pytorchjob_that_sees_many_gpus_does_not_leave_them_idle(mon
     have_gpus(monkeypatch, 1)
     assert choose_device(find_place()) == torch.device("cuda", 0)
     have_gpus(monkeypatch, 4)
-    with pytest.raises(UserError, match="LOCAL_RANK is not set and 4 GPUs are to be seen: .* torchrun, or run alone"):
+    with pytest.raises(UserError, match=r"LOCAL_RANK is not set and 4 GPUs are to be seen: .* torchrun, or run alone"):
         choose_device(find_place())
 
 
@@ -322,10 +322,8 @@ def test_ranks_meet_by_the_interface_that_leads_to_the_first() -> None:
 def test_ranks_that_were_numbered_apart_are_told() -> None:
     """Two processes as one rank, and ranks of groups of another size."""
     soon = time.monotonic() + 60
-    for count, came, told in (
-        ("2", "1", "rank 0 is at :0 already: two processes have RANK=0"),
-        ("3", "0", "of 2 and of 3"),
-    ):
+    twice = "rank 0 is at :0 already: two processes have RANK=0"
+    for count, came, told in (("2", "1", twice), ("3", "0", "ranks of 2 and of 3 meet here")):
         store = torch.distributed.HashStore()
         store.add("came 0", int(came))
         store.set("here 1", count)
@@ -336,7 +334,10 @@ def test_ranks_that_were_numbered_apart_are_told() -> None:
 def test_srun_that_was_called_on_another_node_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = STARTED.replace("10.0.0.1", "192.0.2.1")
     name_group(monkeypatch, f"SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_LOCALID=0 {elsewhere}")
-    with pytest.raises(UserError, match="192.0.2.1 is not the node of rank 0: srun was called elsewhere"), join_ranks():
+    with (
+        pytest.raises(UserError, match=r"192\.0\.2\.1 is not the node of rank 0: srun was called elsewhere"),
+        join_ranks(),
+    ):
         pass
 
 
@@ -345,3 +346,51 @@ def test_a_rank_without_a_gpu_of_its_own_is_reported(monkeypatch: pytest.MonkeyP
     name_group(monkeypatch, f"WORLD_SIZE=4 RANK=3 LOCAL_RANK=3 {MASTER}")
     with pytest.raises(UserError, match="LOCAL_RANK=3: one GPU is to be seen; start at most 1 ranks"), join_ranks():
         pass
+
+
+NODES = "--nnodes 2 --node-rank 0 --master 127.0.0.1:29517"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--nnodes 2", "--node-rank R, --master HOST:PORT missing: for many hosts, give each one all of --nnodes N"),
+        ("--master 127.0.0.1:1 --node-rank 0", "--nnodes N missing"),
+        (NODES.replace("-rank 0", "-rank 2"), "--node-rank 2: of --nnodes 2, the last is 1; number hosts from 0"),
+        (NODES.replace("127.0.0.1", "192.0.2.1"), "--master 192.0.2.1:29517: no address of this host, which is"),
+        (NODES.replace("29517", "0"), "argument --master: '127.0.0.1:0' is no HOST:PORT; 10.0.0.1:29500, say"),
+        (NODES.replace(":29517", ""), "argument --master: '127.0.0.1' is no HOST:PORT"),
+    ],
+)
+def test_hosts_that_cannot_meet_as_asked_are_told(words: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        main(["train", *words.split()])
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_hosts_of_our_own_launcher_and_a_group_of_the_environment_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name_group(monkeypatch, f"{TASK} {STARTED}")
+    with pytest.raises(UserError, match=r"--nnodes 2 starts ranks of its own, .*SLURM_NTASKS=8 .*; leave out --nnodes"):
+        main(["train", *NODES.split()])
+
+
+def test_a_port_that_is_taken_on_the_first_host_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--master {where}: another program listens there; take another port"):
+            main(["train", *NODES.split()[:-1], where])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_host_whose_other_does_not_come_says_so_in_time(node: int, data: Path, tmp_path: Path) -> None:
+    words = train_words(tmp_path, data, "--nnodes", 2, "--node-rank", node, "--master", f"127.0.0.1:{free_port()}")
+    command, limit = [sys.executable, "-m", "tongkuan", *words], {"TONGKUAN_STUCK_SECONDS": "2"}
+    done = subprocess.run(command, env=environment() | limit, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    told = "rank 0: rank 1 of WORLD_SIZE=2 did not come to" if node == 0 else "rank 1 cannot join the others at"
+    assert done.stderr.startswith(f"tongkuan: {told}") and "leave out --nnodes" in done.stderr

@@ -15,6 +15,7 @@ from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.base.numbers import Real, Whole
 from tongkuan.match.options import STORE_TOKEN
 
+HOST_PORT = re.compile(r"[^:/\s]+:[0-9]{1,5}", re.ASCII)
 NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 
 
@@ -95,9 +96,17 @@ def span(text: str) -> slice:
 
 def ray_address(text: str) -> str:
     """An argparse type: where a Ray cluster answers."""
-    if not re.fullmatch("[^:/\\s]+:[0-9]{1,5}", text):
+    if not HOST_PORT.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{clip(text)} is no HOST:PORT; `ray start` prints it")
     return text
+
+
+def host_port(text: str) -> tuple[str, int]:
+    """An argparse type: where ranks of several hosts meet."""
+    host, _, port = text.rpartition(":")
+    if not HOST_PORT.fullmatch(text) or not 0 < int(port) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{clip(text)} is no HOST:PORT; 10.0.0.1:29500, say")
+    return host, int(port)
 
 
 def server_url(text: str) -> str:
@@ -141,6 +150,9 @@ ENCODE_BATCH = Option(
 )
 CACHE = Option("--cache", "cache_dir", "DIR", "keep embeddings: a killed run goes on from them")
 NPROC = Option("--nproc", "nproc", "N", "ranks (default: one a GPU, one without)", type=Whole(1, 1024))
+NNODES = Option("--nnodes", "nnodes", "N", "hosts on each of which this command is run", type=Whole(1, 1024))
+NODE_RANK = Option("--node-rank", "node_rank", "R", "which of them this one is, from 0", type=Whole(0, 1023))
+MASTER = Option("--master", "master", "HOST:PORT", "where they meet: an address of host 0", type=host_port)
 STYLE = Option("--attributes", "style", None, "how to read them", "quoted", str, {"choices": ("quoted", "published")})
 PAIR = Option(
     "--pair", "pair_ids", ("A", "B"), "two item_ids (default: the split's first pair)", None, str, {"nargs": 2}

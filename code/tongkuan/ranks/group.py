@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from tongkuan.base.errors import FailureError, LostError, UserError, clip
 from tongkuan.base.machine import available_cores
-from tongkuan.ranks.network import interface_to, own_address
+from tongkuan.ranks.network import await_listener, interface_to, is_here, is_taken
 from tongkuan.ranks.packing import Packer, Unpacker, empty, layout
 from tongkuan.ranks.place import (
     GO_ON,
@@ -35,6 +35,7 @@ from tongkuan.ranks.place import (
     Place,
     alone,
     find_place,
+    is_own_rank,
     seconds_of,
 )
 
@@ -161,7 +162,7 @@ def choose_device(place: Place) -> torch.device:
 
 def join(place: Place, device: torch.device, seconds: float) -> Any:
     """Enter the process group when all its ranks are there; its store. A request to stop is answered while waiting."""
-    limit, where = timedelta(seconds=seconds), f"{place.address}:{place.port}"
+    limit, where, deadline = timedelta(seconds=seconds), f"{place.address}:{place.port}", time.monotonic() + seconds
     is_server = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if place.rank == 0:
         check_launch_node(place)
@@ -169,10 +170,12 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     with exiting_at_once():
         try:
+            if not is_server and (reason := await_listener(place.address, place.port, deadline)):
+                raise RuntimeError(reason)
             server = TCPStore(place.address, place.port, place.world_size, is_server, limit, wait_for_workers=False)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = PrefixStore(f"job {place.job} attempt {attempt}", server)
-            await_ranks(store, place, time.monotonic() + seconds)
+            await_ranks(store, place, deadline)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore("ranks", store),
@@ -182,7 +185,7 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
             )
         except RuntimeError as error:
             reason = clip(str(error).strip().split("\n")[0], 200)
-            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            if is_taken(error):
                 raise UserError(
                     f"{where}: another program listens there; set another MASTER_PORT, or {alone()}"
                 ) from error
@@ -196,7 +199,7 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
 def check_launch_node(place: Place) -> None:
     """UserError when srun was called on another node than that of rank 0, and so has not told where ranks can meet."""
     is_told = place.launcher.rank == SRUN.rank and not os.environ.get("MASTER_ADDR")
-    if is_told and own_address(place.address, place.port) != place.address:
+    if is_told and not is_here(place.address):
         raise UserError(
             f"{LAUNCH_NODE}={place.address} is not the node of rank 0: srun was called elsewhere; "
             "set MASTER_ADDR to that node's name, or call srun in a job of sbatch"
@@ -210,10 +213,10 @@ def await_ranks(store: Any, place: Place, deadline: float) -> None:
     """
     size, where = place.launcher.world_size, f"{place.address}:{place.port}"
     if store.add(f"came {place.rank}", 1) > 1:
-        raise UserError(
-            f"rank {place.rank} is at {where} already: two processes have {place.launcher.rank}={place.rank}; "
-            f"number them apart, or {alone()}"
-        )
+        told = f"two processes have {place.launcher.rank}={place.rank}; number them apart"
+        if is_own_rank():
+            told = "give each host a --node-rank of its own, and all the same --nproc"
+        raise UserError(f"rank {place.rank} is at {where} already: {told}, or {alone()}")
     store.set(f"here {place.rank}", str(place.world_size))
     absent = [rank for rank in range(place.world_size) if rank != place.rank]
     while absent := [rank for rank in absent if not store.check([f"here {rank}"])]:
@@ -226,7 +229,8 @@ def await_ranks(store: Any, place: Place, deadline: float) -> None:
         time.sleep(0.05)
     counts = (int(store.get(f"here {rank}")) for rank in range(place.world_size))
     if odd := next((count for count in counts if count != place.world_size), None):
-        raise UserError(f"{where}: ranks of {place.world_size} and of {odd} meet here; set {size} alike, or {alone()}")
+        alike = "give all hosts the same --nnodes and --nproc" if is_own_rank() else f"set {size} alike"
+        raise UserError(f"{where}: ranks of {place.world_size} and of {odd} meet here; {alike}, or {alone()}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import fcntl
 import socket
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,36 @@ def interface_to(host: str, port: int) -> str:
     if own.startswith(LOOPBACK) and host not in ("localhost", "127.0.0.1", "::1"):  # this host, by its name
         own = own_address(ELSEWHERE, port) or own
     return next((name for _, name in socket.if_nameindex() if own and own in addresses_of(name)), "")
+
+
+def is_here(host: str) -> bool:
+    """Whether a host is this one, as far as its name can be resolved."""
+    with suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, kind, protocol) as trial:
+                trial.bind(address)
+                return True
+    return False
+
+
+def await_listener(host: str, port: int, deadline: float) -> str:
+    """Return when somebody listens there: nothing, or what was wrong until the deadline (of time.monotonic).
+
+    torch's store would wait as well, and print a page of C++ when nobody comes.
+    """
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))):
+                return ""
+        except OSError as error:
+            if time.monotonic() > deadline:
+                return str(error.strerror or error)
+        time.sleep(0.1)
+
+
+def is_taken(error: RuntimeError) -> bool:
+    """Whether a store could not listen, since another program does."""
+    return "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
 
 
 def own_address(host: str, port: int) -> str:

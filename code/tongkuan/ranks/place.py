@@ -68,6 +68,30 @@ class Place:
     """Tells apart groups that meet at one port by mistake."""
 
 
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """This host among several on each of which our own launcher starts ranks."""
+
+    count: int
+    rank: int
+    address: str
+    """Of the first host, where all ranks meet."""
+    port: int
+
+
+def nodes_of(nnodes: int | None, node_rank: int | None, master: tuple[str, int] | None) -> Nodes | None:
+    """What the options of these names say; None without any. UserError when some are missing or do not fit."""
+    given = {"--nnodes N": nnodes, "--node-rank R": node_rank, "--master HOST:PORT": master}
+    if missing := [option for option, value in given.items() if value is None]:
+        if len(missing) == len(given):
+            return None
+        raise UserError(f"{', '.join(missing)} missing: for many hosts, give each one all of {', '.join(given)}")
+    assert nnodes is not None and node_rank is not None and master is not None
+    if node_rank >= nnodes:
+        raise UserError(f"--node-rank {node_rank}: of --nnodes {nnodes}, the last is {nnodes - 1}; number hosts from 0")
+    return Nodes(nnodes, node_rank, *master)
+
+
 def is_own_rank() -> bool:
     """Whether our own launcher has started this process."""
     return os.environ.get(LAUNCHER) == str(os.getppid()) and REPORTS in os.environ
@@ -169,6 +193,8 @@ def whole(given: Mapping[str, str], launcher: Launcher, name: str, low: int, hig
 
 def alone() -> str:
     """How to run without a group."""
+    if is_own_rank():
+        return "leave out --nnodes"
     return f"run alone after: unset {' '.join(name for name in VARIABLES if name in os.environ)}"
 
 
@@ -182,19 +208,20 @@ def awaited(place: Place) -> str:
     )
 
 
-def num_ranks(asked: int | None) -> int:
+def num_ranks(asked: int | None, nodes: Nodes | None = None) -> int:
     """How many ranks to start from here: 1 as a rank of a group, else as asked, else one a GPU.
 
-    Raises UserError when the machine has too few GPUs, or when the environment names a group and the user a number.
+    Raises UserError when the machine has too few GPUs, or when the environment names a group and the user one as well.
     """
     if is_own_rank():
         return 1
     place = find_place()
     if place.world_size > 1:
-        if asked is not None:
+        if asked is not None or nodes:
+            own = f"--nnodes {nodes.count}" if nodes else f"--nproc {asked}"
             size = f"{place.launcher.world_size}={place.world_size}"
             group = f"the environment's {size} would join ranks that others start"
-            raise UserError(f"--nproc {asked} starts ranks of its own, {group}; leave out --nproc, or {alone()}")
+            raise UserError(f"{own} starts ranks of its own, {group}; leave out {own.split()[0]}, or {alone()}")
         if place.local_rank == 0:
             say(f"tongkuan: {awaited(place)}")
         return 1
