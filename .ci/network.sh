@@ -14,6 +14,7 @@ kill_node() { # NAMESPACE SIGNAL: all that runs there
 finish() {
     local status=$? namespace
     trap - EXIT
+    trap '' TERM INT # `timeout` sends two
     for namespace in "$first" "$second"; do
         kill_node "$namespace" KILL
         ip netns delete "$namespace" 2>/dev/null || true
