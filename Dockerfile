@@ -46,11 +46,13 @@ RUN [ "${REQUIRE_CUDA}" != 1 ] \
 
 FROM system AS app
 # The hub is off: what a run needs lies in weights/. HOME and USER serve any --user, also one without a passwd entry.
+# PYTHONPATH is for `--entrypoint torchrun`; entrypoint.sh sets its own.
 # With --network none the host has no name, and each rank would warn about that twice. By TONGKUAN_IMAGE errors know to
 # say what to mount.
 ENV TONGKUAN_PYTHON=/opt/venv/bin/python \
     TONGKUAN_IMAGE=1 \
     PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/app/code:/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_OFFLINE=1 \

@@ -61,7 +61,8 @@ def option_name(action: argparse.Action) -> str:
     value = " ".join(takes) if isinstance(takes, tuple) else takes
     if not action.option_strings:
         return f"`{value}`"
-    return f"`{action.option_strings[-1]}{f' {value}' if action.nargs != 0 else ''}`"
+    name, *others = action.option_strings
+    return ", ".join(f"`{each}`" for each in (f"{name}{f' {value}' if action.nargs != 0 else ''}", *others))
 
 
 def sections_of(section: type[Section]) -> Iterator[tuple[str, type[Section]]]:

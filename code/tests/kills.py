@@ -20,19 +20,24 @@ MODULES = (
 )
 
 
+def import_all() -> None:
+    """All of MODULES, without a thread."""
+    for name in MODULES:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"  # noqa: PTH208
+
+
 def serve() -> None:
     """Answer on the descriptor that was standard output; verbs print into nothing."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
-    for name in MODULES:
-        importlib.import_module(name)
-    import torch
-
+    import_all()
     from tongkuan.cli.exits import run
 
-    torch.set_num_threads(1)
-    assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"  # noqa: PTH208
     print("ready", file=answers)
     for line in sys.stdin:
         if not (child := os.fork()):

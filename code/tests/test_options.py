@@ -62,6 +62,7 @@ def test_a_numeric_option_takes_its_range_and_names_itself_otherwise(verb: str, 
 def test_there_are_as_many_numeric_options_as_people_may_get_wrong() -> None:
     names = {action.option_strings[0] for _, action in NUMERIC}
     wanted = {"--threshold", "--encode-batch", "--nproc", "--grid", "--products", "--size", "--workers", "--ratio"}
+    wanted |= {"--nnodes", "--node-rank"}
     assert names == wanted | {"--seed", "--items", "--top", "--candidates", "--recall", "--partition-size"}
 
 

@@ -44,7 +44,7 @@ def functions_of(verb: Verb) -> list[Any]:
 def test_each_option_fills_a_parameter_and_each_parameter_without_a_default_is_filled(verb: Verb) -> None:
     options = {option.parameter for option in (*verb.options, *verb.one_of)}
     parameters = [parameter for found in functions_of(verb) for parameter in signature(found).parameters.values()]
-    used_here = {*verb.instead, *({"nproc"} if verb.has_ranks else ())}
+    used_here = {*verb.instead, *({"nproc", "nnodes", "node_rank", "master"} if verb.has_ranks else ())}
     assert options <= {parameter.name for parameter in parameters} | used_here
     required = {parameter.name for parameter in parameters if parameter.default is Parameter.empty}
     assert required <= options | verb.derived.keys()

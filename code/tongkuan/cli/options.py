@@ -15,6 +15,7 @@ from tongkuan.base.errors import UserError, clip, nearest
 from tongkuan.base.numbers import Real, Whole
 from tongkuan.match.options import STORE_TOKEN
 
+HOST_PORT = re.compile(r"[^:/\s]+:[0-9]{1,5}", re.ASCII)
 NEGATIVE = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
 
 
@@ -55,6 +56,8 @@ class Option:
     type: Callable[[str], Any] | None = Path
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of argparse's add_argument."""
+    also: str = ""
+    """A second name."""
 
     def but(self, help: str = "", **changes: Any) -> "Option":
         """The same option with another help or default."""
@@ -65,7 +68,7 @@ class Option:
         shown = f"{self.default:g}" if isinstance(self.default, float) else self.default
         given = {"metavar": self.metavar, "default": self.default, "type": self.type, **self.more}
         parser.add_argument(
-            *([self.name] if self.name else []),
+            *filter(None, (self.name, self.also)),
             dest=self.parameter,
             help=self.help if shown is None else f"{self.help} (default {shown})",
             **{name: value for name, value in given.items() if value is not None},
@@ -93,9 +96,17 @@ def span(text: str) -> slice:
 
 def ray_address(text: str) -> str:
     """An argparse type: where a Ray cluster answers."""
-    if not re.fullmatch("[^:/\\s]+:[0-9]{1,5}", text):
+    if not HOST_PORT.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{clip(text)} is no HOST:PORT; `ray start` prints it")
     return text
+
+
+def host_port(text: str) -> tuple[str, int]:
+    """An argparse type: where ranks of several hosts meet."""
+    host, _, port = text.rpartition(":")
+    if not HOST_PORT.fullmatch(text) or not 0 < int(port) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{clip(text)} is no HOST:PORT; 10.0.0.1:29500, say")
+    return host, int(port)
 
 
 def server_url(text: str) -> str:
@@ -123,7 +134,8 @@ SPLIT = Option("--split", "split", "S", "which item files", "test", str)
 MODEL = Option("--model", "model_path", "FILE", "the model", Path("weights/model.safetensors"))
 SUBMIT = Option("--submit", "submit_dir", "DIR", "the result", Path("submit"))
 PAIRS = Option("--pairs", "pairs_path", "FILE", "the pairs that were predicted", more={"required": True})
-RUN = Option("--run", "run_dir", "DIR", "checkpoints and curves (default runs/PRESET)")
+# The second name is for torchrun, which takes --run for the beginning of an option of its own.
+RUN = Option("--run", "run_dir", "DIR", "checkpoints and curves (default runs/PRESET)", also="--run-dir")
 OUT = Option("--out", "out", "FILE", "the page")
 PRESET = Option("--preset", "preset", "P", "a name or a YAML file", "ccks2022-63", str)
 OVERRIDES = Option("", "overrides", "section.key=value", "such as train.steps=500", type=None, more={"nargs": "*"})
@@ -138,6 +150,9 @@ ENCODE_BATCH = Option(
 )
 CACHE = Option("--cache", "cache_dir", "DIR", "keep embeddings: a killed run goes on from them")
 NPROC = Option("--nproc", "nproc", "N", "ranks (default: one a GPU, one without)", type=Whole(1, 1024))
+NNODES = Option("--nnodes", "nnodes", "N", "hosts on each of which this command is run", type=Whole(1, 1024))
+NODE_RANK = Option("--node-rank", "node_rank", "R", "which of them this one is, from 0", type=Whole(0, 1023))
+MASTER = Option("--master", "master", "HOST:PORT", "where they meet: an address of host 0", type=host_port)
 STYLE = Option("--attributes", "style", None, "how to read them", "quoted", str, {"choices": ("quoted", "published")})
 PAIR = Option(
     "--pair", "pair_ids", ("A", "B"), "two item_ids (default: the split's first pair)", None, str, {"nargs": 2}

@@ -17,7 +17,7 @@ from tongkuan.cli import options as opt
 from tongkuan.cli.catalogue import CATALOGUE_VERBS
 from tongkuan.cli.options import Option, Parser, switch
 from tongkuan.cli.verb import ANSWERS, DEMO_DATA, DEMO_MODEL, SUBMITTED, Target, Verb
-from tongkuan.ranks.place import forget, num_ranks
+from tongkuan.ranks.place import forget, is_own_rank, nodes_of, num_ranks
 
 MANY = 14  # options: naming them all above their list would take a third of a screen
 LINKS = """\
@@ -119,6 +119,9 @@ VERBS = {
             opt.RUN,
             opt.MODEL.but("the best one"),
             opt.NPROC,
+            opt.NNODES,
+            opt.NODE_RANK,
+            opt.MASTER,
             opt.DRY_RUN,
             opt.OVERRIDES,
         ),
@@ -266,15 +269,24 @@ def main(argv: Sequence[str]) -> int:
             check_apart_from_data(given["data_dir"], folders, files)
     if not verb.has_ranks or given.get("ray_address"):
         forget()
-    elif (count := num_ranks(given["nproc"])) > 1:
-        from tongkuan.ranks.launch import launch
-
-        return launch(count, argv)
+    elif (code := ranks_elsewhere(given, argv)) is not None:
+        return code
     given |= {name: call(target, given) for name, target in verb.derived.items()}
     text = call(next((other for name, other in verb.instead.items() if given[name]), verb.function), given)
     if isinstance(text, str):
         print(text)
     return 0
+
+
+def ranks_elsewhere(given: Mapping[str, Any], argv: Sequence[str]) -> int | None:
+    """The exit code of ranks that do the work as processes of their own; None when it is to be done in this one."""
+    nodes = nodes_of(*(given.get(name) for name in ("nnodes", "node_rank", "master")))
+    count = num_ranks(given["nproc"], nodes)
+    if is_own_rank() or max(1, count) * (nodes.count if nodes else 1) == 1:
+        return None
+    from tongkuan.ranks.launch import launch
+
+    return launch(max(1, count), argv, nodes)
 
 
 def call(target: Target, given: Mapping[str, Any]) -> Any:

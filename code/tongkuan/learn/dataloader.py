@@ -1,9 +1,12 @@
 """The data of training: both splits read and checked, and the parts of steps as tensors, decoded ahead."""
 
+import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import orjson
 import torch
 from torch import Tensor
 
@@ -64,6 +67,16 @@ def load_task(settings: Settings, data_dir: Path) -> Task:
         for split in ("train", "valid")
     ]
     return Task(pairs["train"], stores[0], pairs["valid"], stores[1], card, tuple(filter(None, notes)))
+
+
+def facts_of(task: Task, settings: Settings) -> dict[str, Any]:
+    """What must be the same on all ranks for them to learn one thing, as plain values."""
+    facts = settings.model_dump(mode="json", include={"model": True, "train": True, "data": {"encode_batch"}})
+    stores, pairs = (task.train_store, task.valid_store), (task.train_pairs, task.valid_pairs)
+    listed = ([*store.items.values()] for store in stores)
+    read: dict[str, Any] = {"items": [*listed], "pairs": [*pairs], "tokenizer": task.card.tokenizer}
+    read["text encoder"] = task.card.text_config
+    return facts | {name: hashlib.sha256(orjson.dumps(value)).hexdigest() for name, value in read.items()}
 
 
 def check_train_labels(path: Path, pairs: Sequence[Pair]) -> None:

@@ -10,7 +10,7 @@ import orjson
 import torch
 from torch import Tensor, nn
 
-from tongkuan.base.errors import UserError
+from tongkuan.base.errors import UserError, clip
 from tongkuan.base.files import publish
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import Settings
@@ -31,11 +31,8 @@ class Run:
         self.owes_validation = False
         """Whether the run was stopped when the model of its last step was to be validated."""
         self._board: Any = None
-
-    @property
-    def is_new(self) -> bool:
-        """Whether there is nothing to resume from."""
-        return not (self.last.exists() or self.previous.exists())
+        self.is_new = ranks.from_first(lambda: not (self.last.exists() or self.previous.exists()))
+        """Whether there was nothing to resume from: on rank 0, whose folder counts."""
 
     def newest(self) -> dict[str, Any] | None:
         """The last state that is whole, None for a new run. UserError when there are only damaged ones."""
@@ -43,7 +40,7 @@ class Run:
         for path in (self.last, self.previous):
             if path.exists():
                 if (state := read_state(path)) is not None:
-                    if damaged and self.ranks.is_first:
+                    if damaged:
                         print(f"{damaged[0]}: damaged; going on from {path}, step {state['step']}")
                     return state
                 damaged.append(path)
@@ -52,11 +49,11 @@ class Run:
             raise UserError(f"{files}: damaged; delete to start the run anew")
         return None
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-        """Restore everything from last.pt; the number of steps done, 0 for a new run."""
+    def fitting(self) -> dict[str, Any] | None:
+        """`newest`, which is of these settings and ranks. UserError when it is of others."""
         state = self.newest()
         if state is None:
-            return 0
+            return None
         if state["settings"] != self.described():
             different = ", ".join(sorted(differing(state["settings"], self.described())))
             raise UserError(f"{self.last}: a run of other settings ({different}); name another --run or delete it")
@@ -64,6 +61,14 @@ class Run:
             raise UserError(
                 f"{self.last}: a run on {len(state['rng'])} ranks; go on with as many, or name another --run"
             )
+        return state
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+        """Restore everything from rank 0's last.pt, on every rank; the number of steps done, 0 for a new run."""
+        state = self.ranks.from_first(self.fitting)
+        check_same({"step": state["step"] if state else 0}, self.ranks)
+        if state is None:
+            return 0
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -155,6 +160,17 @@ def differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> lis
     return names
 
 
+def check_same(facts: dict[str, Any], ranks: Ranks) -> None:
+    """UserError on every rank when one has other facts than rank 0, with which it would learn something else."""
+    first, *others = ranks.gather(facts)
+    for rank, facts_there in enumerate(others, 1):
+        if names := differing(first, facts_there):
+            raise UserError(
+                f"rank {rank} differs from rank 0 in {clip(', '.join(sorted(names)), 200)[1:-1]}; start all ranks with "
+                "the same command, on the same data"
+            )
+
+
 def get_rng(device: torch.device) -> list[Tensor]:
     """Generator states that dropout draws from."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
@@ -162,6 +178,6 @@ def get_rng(device: torch.device) -> list[Tensor]:
 
 def set_rng(states: Sequence[Tensor], device: torch.device) -> None:
     """The inverse of get_rng."""
-    torch.set_rng_state(states[0])
+    torch.set_rng_state(states[0].cpu())
     if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+        torch.cuda.set_rng_state(states[1].cpu(), device)

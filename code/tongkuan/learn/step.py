@@ -90,6 +90,21 @@ class TrainStep:
         self.steps += 1
         return mean_loss, norm
 
+    def rehearse(self, loaded: Loaded) -> None:
+        """Have DDP form the buckets in which ranks exchange gradients, as it does after a process's first backward.
+
+        The sum of three ranks or more depends on the place in the bucket. So a process that resumes, and has no first
+        step, must begin with the buckets that an unbroken one has. Nothing else of it remains.
+        """
+        part, batch, labels = loaded
+        buffers = [buffer.clone() for buffer in self.model.buffers()]  # running means of a batch norm
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self.part_loss(part, batch.to(self.device), labels).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """What happens inside is no step's time."""

@@ -7,7 +7,7 @@ Run the same command again after an interruption: it goes on from the last check
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from tongkuan.base.metrics import average_precision, best_threshold, quality_at
 from tongkuan.encode.encode import batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
 from tongkuan.encode.store import ItemStore, normalised
 from tongkuan.learn.batches import BatchSampler
-from tongkuan.learn.dataloader import Task, load_parts, load_task
+from tongkuan.learn.dataloader import Task, facts_of, load_parts, load_task
 from tongkuan.learn.features import FeatureStore, features_of
 from tongkuan.learn.fit import fit
-from tongkuan.learn.run import Run
+from tongkuan.learn.run import Run, check_same
 from tongkuan.learn.step import TrainStep
 from tongkuan.model.blocks import freeze
 from tongkuan.model.modelfile import ModelCard, save_model
@@ -68,6 +68,7 @@ def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Task, It
     task, options = load_task(settings, data_dir), settings.train
     with join_ranks() as ranks:
         check_batch(options, ranks)
+        check_same(facts_of(task, settings), ranks)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
@@ -113,6 +114,9 @@ class Trainer:
             run.save(done, self.model, step.optimizer, step.scaler)
         store = self.store(done, raw)
         self.model.train()
+        if ranks.world_size > 1 and done < options.steps:
+            with closing(load_parts(self.task, self.settings, ranks, 0, store)) as first:
+                step.rehearse(next(first))
         with StopRequests(ranks) as requests, self.progress(done) as progress:
             loaded = load_parts(self.task, self.settings, ranks, done, store)
             step.take_times()
@@ -181,7 +185,8 @@ class Trainer:
         batch = BatchSampler(self.task.train_pairs, self.options).batch(step)
         pairs = ", ".join(f"{pair.left}-{pair.right}" for pair in batch[:8])
         last = self.run.last
-        state = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
+        has_state = self.ranks.from_first(last.exists)
+        state = f"{last} is the last good state" if has_state else "there is no checkpoint yet"
         return (
             f"the {what} of step {step + 1} is not a number (pairs {clip(pairs, 300)}); {state}: look at these pairs, "
             "or lower train.learning_rate or train.clip_norm"

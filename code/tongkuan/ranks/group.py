@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,22 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from tongkuan.base.errors import FailureError, LostError, UserError, clip
 from tongkuan.base.machine import available_cores
-from tongkuan.ranks.place import GO_ON, LAUNCHER, REPORTS, STOPPING, Place, alone, find_place, seconds_of
+from tongkuan.ranks.network import await_listener, interface_to, is_here, is_taken
+from tongkuan.ranks.packing import Packer, Unpacker, empty, layout
+from tongkuan.ranks.place import (
+    GO_ON,
+    LAUNCH_NODE,
+    LAUNCHER,
+    REPORTS,
+    SRUN,
+    STOPPING,
+    TORCHRUN,
+    Place,
+    alone,
+    find_place,
+    is_own_rank,
+    seconds_of,
+)
 
 T = TypeVar("T")
 # How gloo, NCCL and torch's store say that the other end has gone.
@@ -56,6 +71,39 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; a UserError that it raises there is raised on every rank.
+
+        Tensors in it arrive on the rank's device, one after the other: a pickle of all would take their memory again.
+        """
+        if self.world_size == 1:
+            return make()
+        sent: list[Any] = [None, None]  # the value less its tensors, an error
+        tensors: list[torch.Tensor] = []
+        if self.is_first:
+            try:
+                packed = Packer(made := make())
+                sent[0], tensors = packed.data, packed.tensors
+            except UserError as error:
+                sent[1] = error
+        dist.broadcast_object_list(sent, device=self.device)
+        if sent[1] is not None:
+            raise sent[1]
+        if self.is_first:
+            for tensor in tensors:
+                self._broadcast(empty(*layout(tensor), self.device).copy_(tensor))
+            return made
+        unpacked = Unpacker(sent[0], self.device)
+        received: T = unpacked.load()
+        for tensor in unpacked.tensors:
+            self._broadcast(tensor)
+        return received
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        """Fill a dense tensor of this rank's device with rank 0's, as bytes: not every backend has every type."""
+        if tensor.numel():
+            dist.broadcast(tensor.as_strided([tensor.numel()], [1]).view(torch.uint8), 0)
 
     def wait(self) -> None:
         """Return when every rank has come here."""
@@ -96,23 +144,38 @@ def choose_device(place: Place) -> torch.device:
     """The GPU of this rank, made the current one, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if place.local_rank >= (found := torch.cuda.device_count()):
+    found, name, number = torch.cuda.device_count(), place.launcher.local_rank, place.local_rank
+    if place.world_size > 1 and found > 1 and not place.has_launcher:
+        raise UserError(
+            f"{name} is not set and {found} GPUs are to be seen: set it to the one of this rank, or start a rank a GPU "
+            f"with torchrun, or {alone()}"
+        )
+    if found == 1 and place.launcher is not TORCHRUN:
+        number = 0  # Slurm and Open MPI can give each rank a GPU of its own, as if there were no other
+    if number >= found:
         seen = f"{found} GPUs are to be seen, numbered from 0" if found > 1 else "one GPU is to be seen"
-        raise UserError(f"LOCAL_RANK={place.local_rank}: {seen}; start at most {found} ranks here, or {alone()}")
-    device = torch.device("cuda", place.local_rank)
+        raise UserError(f"{name}={number}: {seen}; start at most {found} ranks here, or {alone()}")
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
 
 def join(place: Place, device: torch.device, seconds: float) -> Any:
     """Enter the process group when all its ranks are there; its store. A request to stop is answered while waiting."""
-    limit, where = timedelta(seconds=seconds), f"{place.address}:{place.port}"
+    limit, where, deadline = timedelta(seconds=seconds), f"{place.address}:{place.port}", time.monotonic() + seconds
     is_server = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if place.rank == 0:
+        check_launch_node(place)
+    if name := interface_to(place.address, place.port):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     with exiting_at_once():
         try:
+            if not is_server and (reason := await_listener(place.address, place.port, deadline)):
+                raise RuntimeError(reason)
             server = TCPStore(place.address, place.port, place.world_size, is_server, limit, wait_for_workers=False)
-            store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
-            await_ranks(store, place, time.monotonic() + seconds)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = PrefixStore(f"job {place.job} attempt {attempt}", server)
+            await_ranks(store, place, deadline)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore("ranks", store),
@@ -122,7 +185,7 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
             )
         except RuntimeError as error:
             reason = clip(str(error).strip().split("\n")[0], 200)
-            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            if is_taken(error):
                 raise UserError(
                     f"{where}: another program listens there; set another MASTER_PORT, or {alone()}"
                 ) from error
@@ -133,19 +196,41 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
     return store
 
 
+def check_launch_node(place: Place) -> None:
+    """UserError when srun was called on another node than that of rank 0, and so has not told where ranks can meet."""
+    is_told = place.launcher.rank == SRUN.rank and not os.environ.get("MASTER_ADDR")
+    if is_told and not is_here(place.address):
+        raise UserError(
+            f"{LAUNCH_NODE}={place.address} is not the node of rank 0: srun was called elsewhere; "
+            "set MASTER_ADDR to that node's name, or call srun in a job of sbatch"
+        )
+
+
 def await_ranks(store: Any, place: Place, deadline: float) -> None:
-    """Return when every rank has come to the store. FailureError that names those that have not at the deadline."""
-    store.set(f"here {place.rank}", "")
+    """Return when every rank has come to the store. FailureError that names those that have not at the deadline.
+
+    UserError when two came as one rank, or one with another number of ranks: they were started apart from each other.
+    """
+    size, where = place.launcher.world_size, f"{place.address}:{place.port}"
+    if store.add(f"came {place.rank}", 1) > 1:
+        told = f"two processes have {place.launcher.rank}={place.rank}; number them apart"
+        if is_own_rank():
+            told = "give each host a --node-rank of its own, and all the same --nproc"
+        raise UserError(f"rank {place.rank} is at {where} already: {told}, or {alone()}")
+    store.set(f"here {place.rank}", str(place.world_size))
     absent = [rank for rank in range(place.world_size) if rank != place.rank]
     while absent := [rank for rank in absent if not store.check([f"here {rank}"])]:
         if time.monotonic() > deadline:
             names = ", ".join(map(str, absent[:10])) + ("…" if len(absent) > 10 else "")
-            where = f"{place.address}:{place.port}"
             raise FailureError(
-                f"rank {names} of WORLD_SIZE={place.world_size} did not come to {where} in time "
+                f"rank {names} of {size}={place.world_size} did not come to {where} in time "
                 f"(TONGKUAN_STUCK_SECONDS); start them, or {alone()}"
             )
         time.sleep(0.05)
+    counts = (int(store.get(f"here {rank}")) for rank in range(place.world_size))
+    if odd := next((count for count in counts if count != place.world_size), None):
+        alike = "give all hosts the same --nnodes and --nproc" if is_own_rank() else f"set {size} alike"
+        raise UserError(f"{where}: ranks of {place.world_size} and of {odd} meet here; {alike}, or {alone()}")
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The launcher: one process a rank on this machine, started, watched, stopped and reported as one."""
+"""The launcher: one process a rank on this machine, started, watched, stopped and reported as one.
+
+torchrun takes a stop for a failure, and says a page for a line; `docs/cluster.md` compares the two.
+"""
 
 import os
 import selectors
@@ -11,43 +14,65 @@ from contextlib import ExitStack
 
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
+from tongkuan.base.errors import UserError
 from tongkuan.base.machine import available_cores
 from tongkuan.base.terminal import CLOSED_PIPE, say
-from tongkuan.ranks.place import GO_ON, LAUNCHER, LOST, REPORTS, STOPPING, seconds_of
+from tongkuan.ranks.network import is_here, is_taken
+from tongkuan.ranks.place import GO_ON, LAUNCHER, LOST, REPORTS, STOPPING, Nodes, seconds_of
 
 LEAVE_SECONDS = 2  # beyond TONGKUAN_STOP_SECONDS, after which ranks that were asked to stop are ended
 # By exit code, which is negative where no handler of Python's was there yet.
 STOPPED = {code: number for number in STOPPING for code in (128 + number, -number)}
 
 
-def launch(world_size: int, arguments: Sequence[str]) -> int:
-    """Run `python -m tongkuan ARGUMENTS` on `world_size` ranks of this machine; the exit code of the whole.
+def launch(count: int, arguments: Sequence[str], nodes: Nodes | None = None) -> int:
+    """Run `python -m tongkuan ARGUMENTS` on `count` ranks of this machine; the exit code of the whole.
 
-    When a rank fails, the others are ended and stderr says why in a line. SIGTERM and SIGINT are passed on to all.
+    With `nodes`, they meet those of other hosts. When a rank fails, the others of this machine are ended and stderr
+    says why in a line. SIGTERM and SIGINT are passed on to all. UserError when the hosts cannot meet as asked.
     """
-    # Not torchrun's engine: on a second signal it leaves its ranks behind.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = serve(nodes)
     shared = {
-        "OMP_NUM_THREADS": str(max(1, available_cores() // world_size)),
-        "GLOO_SOCKET_IFNAME": "lo",  # a container without network cannot look up its own name
+        "OMP_NUM_THREADS": str(max(1, available_cores() // count)),
+        # A container without network cannot look up its own name.
+        **({} if nodes else {"GLOO_SOCKET_IFNAME": "lo"}),
         **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for: the launcher serves it
+        "MASTER_ADDR": nodes.address if nodes else "127.0.0.1",
+        "MASTER_PORT": str(store.port if store else nodes and nodes.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for: a launcher serves it
         LAUNCHER: str(os.getpid()),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "WORLD_SIZE": str(count * nodes.count if nodes else count),
+        "LOCAL_WORLD_SIZE": str(count),
     }
-    with Fleet() as fleet:
-        for rank in range(world_size):
-            fleet.start(rank, [sys.executable, "-m", "tongkuan", *arguments], shared)
+    with Fleet(first=nodes.rank * count if nodes else 0) as fleet:
+        for number in range(count):
+            fleet.start(number, [sys.executable, "-m", "tongkuan", *arguments], shared)
         return fleet.watch()
+
+
+def serve(nodes: Nodes | None) -> TCPStore | None:
+    """The store where ranks meet, on the host of the first one; None on the others."""
+    if nodes is None:
+        return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    if nodes.rank:
+        return None
+    where = f"--master {nodes.address}:{nodes.port}"
+    if not is_here(nodes.address):
+        raise UserError(f"{where}: no address of this host, which is --node-rank 0; name one that the others can reach")
+    try:
+        return TCPStore("127.0.0.1", nodes.port, is_master=True, wait_for_workers=False)  # listens on all addresses
+    except RuntimeError as error:
+        if is_taken(error):
+            raise UserError(f"{where}: another program listens there; take another port on all hosts") from error
+        raise
 
 
 class Fleet:
     """The ranks as their launcher sees them: processes, and pipes on which they report what ended them."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
+        self.first = first
+        """Rank of the first process; they are numbered from 0 here."""
         self.processes: list[subprocess.Popen[bytes]] = []
         self.asked = 0
         self._pipes = selectors.DefaultSelector()
@@ -65,12 +90,12 @@ class Fleet:
             process.wait()
         self._stack.close()
 
-    def start(self, rank: int, command: Sequence[str], shared: dict[str, str]) -> None:
+    def start(self, number: int, command: Sequence[str], shared: dict[str, str]) -> None:
         """Start a rank, in a session of its own: a terminal's Ctrl-C would come twice, from it and from here."""
         reading, writing = os.pipe()
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), REPORTS: str(writing)}
+        own = {"RANK": str(self.first + number), "LOCAL_RANK": str(number), REPORTS: str(writing)}
         self._stack.callback(os.close, reading)
-        self._pipes.register(reading, selectors.EVENT_READ, rank)
+        self._pipes.register(reading, selectors.EVENT_READ, number)
         try:
             self.processes.append(
                 subprocess.Popen(
@@ -93,7 +118,7 @@ class Fleet:
             left = None if self._leave is None else max(0.0, self._leave - time.monotonic())
             ready = self._pipes.select(min(1.0, 1.0 if left is None else left))
             for key, _ in ready:
-                rank, (code, message) = key.data, self._end_of(key)
+                rank, (code, message) = self.first + key.data, self._end_of(key)
                 if code == LOST:
                     lost = lost or message
                     self._let_go()
