@@ -76,6 +76,13 @@ def test_an_index_finds_what_recall_asks_for_and_says_how_much_it_found() -> Non
     assert probes == sorted(probes) and probes[0] < probes[-1]
 
 
+def test_where_codes_tell_too_little_more_listings_are_looked_at_exactly() -> None:
+    generator = np.random.default_rng(0)
+    centres, noise = generator.normal(size=(2, 64)), generator.normal(size=(1000, 64))
+    index = build_index((np.repeat(centres, 500, axis=0) + 0.02 * noise).astype(np.float32), 50, 0.99)
+    assert index.recall >= 0.99 and index.exact > candidates.FIRST_EXACT
+
+
 def test_recall_counts_pairs_that_are_nearer_to_each_other_than_to_their_neighbourhoods() -> None:
     embeddings, products = planted(400, group=4, noise=0.2)
     rows = np.arange(400, dtype=np.int32)

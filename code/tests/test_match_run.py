@@ -14,7 +14,7 @@ from worlds import make_data, read_jsonl, snapshot, write_jsonl
 
 import tongkuan.encode.inference
 from tongkuan.cli.verbs import main
-from tongkuan.match import search
+from tongkuan.match import candidates, search
 from tongkuan.model.towers import pair_scores
 
 
@@ -160,7 +160,8 @@ def test_every_engine_finds_the_same_in_a_small_catalogue(
     engine: str, whole: Path, data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "FEW", 0)
-    out = match(data, model, tmp_path / "out", "--threshold", -4, "--engine", engine, "--recall", 1)
+    monkeypatch.setattr(candidates, "FIRST_PROBES", 1000)  # all lists
+    out = match(data, model, tmp_path / "out", "--threshold", -4, "--engine", engine)
     assert parts(out, "pairs")["left"] and sorted_pairs(out) == sorted_pairs(whole)
     manifest = json.loads((out / "manifest.json").read_bytes())
     assert (manifest["probes"] is not None) == (engine == "faiss")

@@ -32,7 +32,7 @@ FIRST_PROBES = 8  # lists that are looked into at first
 TRAINED_ON = 32  # rows a list
 ITERATIONS = 6  # of k-means
 CODED, CODE_BITS = 2, 4  # numbers of an embedding that share a code, and its bits
-LOOKED_AT = 5  # times k, listings that are nearest by their codes and are then looked at exactly
+FIRST_EXACT, MOST_EXACT = 250, 4000  # listings, the nearest by their codes, that are looked at exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class Index:
     lengths: NDArray[np.float32]
     """(N,), of the embeddings; 1 of those of zeros."""
     probes: int
+    exact: int
+    """How many, the nearest by their codes, are looked at exactly."""
     recall: float
     """Of the pairs of a sample that could match, from either side, see `could_match`."""
 
@@ -119,7 +121,11 @@ def exact_neighbours(embeddings: Embeddings, queries: Rows, k: int) -> Neighbour
 
 
 def build_index(embeddings: Embeddings, k: int, recall: float, seed: int = SEED) -> Index:
-    """An index whose recall of a sample's neighbours is at least `recall`: probes are doubled until it is so."""
+    """An index whose recall of a sample's pairs is at least `recall`, or which looks at as much as it may.
+
+    Until it is so, the lists that are looked into or the listings that are looked at exactly are doubled, whichever
+    finds more.
+    """
     count, width = embeddings.shape
     num_lists = max(1, min(round(LISTS * math.sqrt(count)), count))
     coarse = faiss.IndexFlatIP(width)
@@ -141,15 +147,19 @@ def build_index(embeddings: Embeddings, k: int, recall: float, seed: int = SEED)
             lists.add(unit_rows(rows))
     lengths[lengths == 0] = 1
     sample = np.sort(generator.choice(count, min(count, SAMPLE), replace=False)).astype(np.int32)
-    exact = exact_neighbours(embeddings, sample, k)
-    lists.nprobe = min(FIRST_PROBES, num_lists)
-    while True:
-        index = Index(lists, lengths, lists.nprobe, 1.0)
+    wanted = exact_neighbours(embeddings, sample, k)
+
+    def measured(index: Index) -> Index:
         search = partial(index_neighbours, embeddings, index, k=k)
-        measured = recall_of(search, *could_match(search, sample, exact))
-        if measured >= recall or index.probes == num_lists:
-            return replace(index, recall=measured)
-        lists.nprobe = min(2 * index.probes, num_lists)
+        return replace(index, recall=recall_of(search, *could_match(search, sample, wanted)))
+
+    most = min(count, MOST_EXACT)
+    index = measured(Index(lists, lengths, min(FIRST_PROBES, num_lists), min(FIRST_EXACT, most), 0.0))
+    while index.recall < recall and (index.probes < num_lists or index.exact < most):
+        wider = replace(index, probes=min(2 * index.probes, num_lists))
+        deeper = replace(index, exact=min(2 * index.exact, most))
+        index = max(measured(wider), measured(deeper), key=lambda each: each.recall)
+    return index
 
 
 def index_neighbours(embeddings: Embeddings, index: Index, queries: Rows, k: int) -> Neighbours:
@@ -167,12 +177,13 @@ def index_neighbours(embeddings: Embeddings, index: Index, queries: Rows, k: int
     def search(places: Rows) -> Neighbours:
         rows = queries[places]
         units = unit_rows(embeddings[rows])
-        wide = LOOKED_AT * (k + 1)
+        wide = max(index.exact, k + 1)
         _, found = index.lists.search_preassigned(units, wide, probed.rows[places], probed.cosines[places])
         return nearest(
             products_by_row(units, embeddings, found) / index.lengths[found], found.astype(np.int32), rows, k
         )
 
+    index.lists.nprobe = index.probes
     probed = joined(nearest_lists, queries, index.probes)
     order = np.argsort(probed.rows[:, 0], kind="stable").astype(np.int32)
     found, back = joined(search, order, k), np.argsort(order)
