@@ -82,6 +82,18 @@ def test_dropout_and_parts_resume_as_well(words: tuple[str, ...], server: Server
     assert state_bytes(group.run_dir("broken")) == state_bytes(group.run_dir("whole"))
 
 
+def test_weights_that_have_no_part_in_an_embedding_are_waited_for_by_no_rank(
+    server: Server, data: Path, tmp_path: Path
+) -> None:
+    """An ERNIE has a pooler, and only a BERT can be had without."""
+    group = Group(server, data, tmp_path, 2)
+    words = ("model.text.config.model_type=ernie",)
+    assert codes(group.train("whole", *words)) == [0, 0]
+    assert codes(group.train("broken", *words, die_at="3")) == [9, 9]
+    assert codes(group.train("broken", *words)) == [0, 0]
+    assert state_bytes(group.run_dir("broken")) == state_bytes(group.run_dir("whole"))
+
+
 def test_a_state_of_another_rank_than_the_first_counts_for_nothing(server: Server, data: Path, tmp_path: Path) -> None:
     """The folders of two hosts were changed for each other: the run begins anew rather than from two steps at once."""
     group = Group(server, data, tmp_path, 2)

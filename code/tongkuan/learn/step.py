@@ -62,9 +62,6 @@ class TrainStep:
         self.optimizer = make_optimizer(model, settings.train)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.train.precision == "fp16")
         self.wrapped: nn.Module = Joining(model) if settings.train.reuses_features else model
-        if ranks.world_size > 1:
-            gpu = [ranks.device] if ranks.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.wrapped, device_ids=gpu)
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
         """Since when steps are counted, seconds that they have stood still for their input, and how many they are."""
 
@@ -90,17 +87,32 @@ class TrainStep:
         self.steps += 1
         return mean_loss, norm
 
-    def rehearse(self, loaded: Loaded) -> None:
-        """Have DDP form the buckets in which ranks exchange gradients, as it does after a process's first backward.
+    def join(self, loaded: Loaded) -> None:
+        """Have ranks exchange gradients from now on, of weights with which the next step can begin.
 
-        The sum of three ranks or more depends on the place in the bucket. So a process that resumes, and has no first
-        step, must begin with the buckets that an unbroken one has. Nothing else of it remains.
+        DDP waits for a gradient of all that learns. What has no part in an embedding, such as the pooler of a text
+        encoder, never gets one, so it is left out. And DDP forms its buckets anew after a process's first backward;
+        the sum of three ranks or more depends on the place in them. So a process that resumes, and has no first step,
+        must begin with the buckets that an unbroken one has.
         """
+        self.rehearse(loaded)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        self.optimizer.zero_grad(set_to_none=True)
+        gpu = [self.device] if self.device.type == "cuda" else None
+        # Buffers are the same on all ranks and stay so: statistics are not learned, see ItemModel.train.
+        self.wrapped = DistributedDataParallel(
+            self.wrapped, device_ids=gpu, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+        self.rehearse(loaded)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def rehearse(self, loaded: Loaded) -> None:
+        """Gradients of a part's loss; nothing else of it remains."""
         part, batch, labels = loaded
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # running means of a batch norm
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             self.part_loss(part, batch.to(self.device), labels).backward()
-        self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)

@@ -116,7 +116,7 @@ class Trainer:
         self.model.train()
         if ranks.world_size > 1 and done < options.steps:
             with closing(load_parts(self.task, self.settings, ranks, 0, store)) as first:
-                step.rehearse(next(first))
+                step.join(next(first))
         with StopRequests(ranks) as requests, self.progress(done) as progress:
             loaded = load_parts(self.task, self.settings, ranks, done, store)
             step.take_times()
