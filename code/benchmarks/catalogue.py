@@ -30,9 +30,10 @@ from tongkuan.match.candidates import build_index, exact_neighbours, index_neigh
 from tongkuan.match.change import apply, columns_of
 from tongkuan.match.files import Folder
 from tongkuan.match.join import Join, Listings, Verdict, write_groups
-from tongkuan.match.options import Options
+from tongkuan.match.options import Engine, Options
 from tongkuan.match.query import Searcher
 from tongkuan.match.scores import Catalogue, Pairs, all_pairs, candidate_pairs
+from tongkuan.match.search import wants_index
 from tongkuan.match.state import open_state
 from tongkuan.match.threshold import from_sample
 from tongkuan.match.transaction import drop_changes, file_sums, write_manifest
@@ -94,7 +95,7 @@ def cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def measure(num_listings: int, half: int, p_length: float, k: int, recall: float, engine: str, floor: float) -> None:
+def measure(num_listings: int, half: int, p_length: float, k: int, recall: float, engine: Engine, floor: float) -> None:
     """Print a line a phase."""
     embeddings, products = made_apart(num_listings, half, p_length, 0)
     rows = np.arange(num_listings, dtype=np.int32)
@@ -105,7 +106,7 @@ def measure(num_listings: int, half: int, p_length: float, k: int, recall: float
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"{what:<66} {spent}  {peak:.2f} GiB", flush=True)
 
-    if engine == "faiss":
+    if wants_index(engine, np.zeros_like(rows), 2 * half):
         index = build_index(embeddings, k, recall)
         note(f"index, {index.probes} of {index.lists.nlist} lists, recall of candidates {index.recall:.4f}")
         neighbours = index_neighbours(embeddings, index, rows, k)
@@ -190,7 +191,7 @@ def main() -> None:
     parser.add_argument("--p", type=float, default=1.0, help="length of p; q has 1")
     parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--recall", type=float, default=0.99)
-    parser.add_argument("--engine", choices=("exact", "faiss"), default="faiss")
+    parser.add_argument("--engine", choices=("auto", "exact", "faiss"), default="auto", help="as of match run")
     parser.add_argument("--score-above", type=float, default=-2.0, help="the model's threshold")
     parser.add_argument("--add", type=int, default=0, help="measure adding so many to --listings instead")
     parser.add_argument("--threshold", type=float, default=0.1, help="of scaled cosines, with --add")
