@@ -45,7 +45,7 @@ def raw(tmp_path: Path) -> Path:
 def pytest_runtest_setup() -> None:
     """Towers of a few thousand weights are fastest on one thread, and threads of several processes would fight.
 
-    Before each test and its fixtures: faiss shares OpenMP with torch, and a search leaves it a thread a core.
+    Before each test and its fixtures, whatever one before has set: faiss shares OpenMP with torch.
     """
     torch.set_num_threads(1)
 
