@@ -20,6 +20,7 @@ from tongkuan.match.candidates import (
     exact_neighbours,
     index_neighbours,
     local_means,
+    nearest,
     recall_of,
     unit_rows,
 )
@@ -52,6 +53,18 @@ def test_of_equal_cosines_the_lower_row_comes_first_and_a_listing_is_never_its_o
     found = exact_neighbours(embeddings, np.arange(12, dtype=np.int32), 2)
     wanted = [[other for other in range(row % 4, 12, 4) if other != row] for row in range(12)]
     assert found.rows.tolist() == wanted
+
+
+@given(st.lists(st.floats(-1, 1, width=32, allow_subnormal=False) | st.sampled_from([0.0, -0.0, 0.5]), max_size=12))
+def test_what_was_found_is_sorted_by_cosine_and_row_with_nothing_last(cosines: list[float]) -> None:
+    """In whatever order it was found; a place without a row and the listing itself, 3, count as nothing."""
+    rows = [number * 7 % 12 - 1 for number in range(len(cosines))]
+    found = nearest(np.array([cosines], np.float32), np.array([rows], np.int32), np.array([3], np.int32), 5)
+    wanted = sorted((-cosine, row) for cosine, row in zip(cosines, rows, strict=True) if row not in (-1, 3))[:5]
+    wanted += [(np.inf, -1)] * (min(len(cosines), 5) - len(wanted))
+    assert found.rows[0].tolist() == [row for _, row in wanted]
+    assert found.cosines[0].tolist() == [-cosine for cosine, _ in wanted]
+    assert not np.signbit(found.cosines[found.cosines == 0]).any(), "one zero, whatever it came as"
 
 
 def test_fewer_listings_than_asked_for_leave_places_empty() -> None:
