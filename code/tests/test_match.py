@@ -25,8 +25,9 @@ from tongkuan.match.candidates import (
     unit_rows,
 )
 from tongkuan.match.groups import facts, group
-from tongkuan.match.options import Grouping
+from tongkuan.match.options import Engine, Grouping, Options
 from tongkuan.match.scores import all_pairs, candidate_pairs, exact_cosines, exact_scores
+from tongkuan.match.search import FEW, plan_search
 from tongkuan.match.threshold import Labelled, from_labels, from_sample, warning
 from tongkuan.model.towers import pair_scores
 
@@ -129,6 +130,17 @@ def test_an_index_is_the_same_when_built_again_and_on_any_number_of_cores(monkey
         neighbours = index_neighbours(embeddings, build_index(embeddings, 10, 0.9), rows, 10)
         found.append((neighbours.cosines.tobytes(), neighbours.rows.tobytes()))
     assert found[0] == found[1]
+
+
+def test_ten_times_the_listings_are_planned_to_take_an_index_10_to_14_times_as_long_and_an_exact_search_100() -> None:
+    def seconds(count: int, engine: Engine) -> float:
+        return plan_search(Options(engine=engine), np.zeros(count, np.int64), 256).seconds
+
+    assert 10 < seconds(1_000_000, "faiss") / seconds(100_000, "faiss") < 14
+    assert seconds(1_000_000, "exact") / seconds(100_000, "exact") == pytest.approx(100)
+    assert seconds(1_000_000, "auto") == seconds(1_000_000, "faiss")
+    few = np.repeat(np.arange(2), FEW - 1)
+    assert plan_search(Options(engine="faiss"), few, 256).seconds < seconds(2 * FEW - 2, "exact")
 
 
 def test_a_search_leaves_torch_its_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
