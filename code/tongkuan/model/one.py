@@ -130,15 +130,16 @@ class OneTower(ItemModel):
         colours = {"object_colour": OBJECT_WIDTH, "whole_colour": WHOLE_WIDTH}
         return found | {name: width for name, width in colours.items() if self.settings.part_sizes()[name]}
 
-    def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def raw(self, images: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Raw features by part, float (N, width): rows of 0 where an item has no text or no picture.
 
-        images float (N, 3, S, S) normalised, all 0 where there is none; ids and mask int64 (N, T).
+        images float (N, 3, S, S) normalised, all 0 where there is none; ids and mask as in Trunk.features.
         """
         found: dict[str, Tensor] = {}
         if self.trunk.text is not None:
+            states = self.trunk.states(ids, mask).float()  # (N, T, H)
+            mask = torch.ones_like(ids) if mask is None else mask
             has_text = mask.sum(dim=1, keepdim=True) > EMPTY_TEXT
-            states = self.trunk.text(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (N, T, H)
             mean = (states * mask.unsqueeze(2)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
             found["text"] = torch.cat([states[:, 0], mean], dim=1) * has_text
         has_image = has_any(images.flatten(1))
