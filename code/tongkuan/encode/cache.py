@@ -32,7 +32,7 @@ VERSIONED = ("torch", "timm", "transformers", "tokenizers", "numpy", "pillow")
 RESIZER = "cykooz-resizer"  # of pictures put by hand
 # Ours that do, between tokens and picture files on one side and embeddings on the other, and this file's format.
 SOURCES = (
-    "base/arithmetic",
+    "ranks/arithmetic",
     "encode/cache",
     "encode/encode",
     "encode/store",

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tongkuan.base.arithmetic import DTYPES, HALVES, computed_at
 from tongkuan.base.machine import available_cores, keep_freed_memory, multiplies
 from tongkuan.encode.cache import Cache
 from tongkuan.encode.store import Batch, ItemStore, background, normalised, prefetch
 from tongkuan.model.towers import halve_weights, pair_scores
+from tongkuan.ranks.arithmetic import DTYPES, HALVES, computed_at
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
 from tongkuan.settings import DataSettings, ModelSettings, Precision
@@ -102,10 +102,11 @@ class Computed:
 
     def wait(self) -> Embeddings:
         """The numbers, when they are there."""
-        if self.event is not None:
-            self.event.synchronize()
         found: Embeddings = self.numbers.numpy()
-        return found
+        if self.event is None:
+            return found
+        self.event.synchronize()
+        return found.copy()  # out of the pinned memory, of which there is little
 
 
 def compute(model: nn.Module, batch: Batch, settings: ModelSettings, device: torch.device) -> Computed:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tongkuan.base.arithmetic import tf32
 from tongkuan.encode.encode import autocast, chosen_precision
 from tongkuan.encode.store import Batch, normalised
 from tongkuan.learn.augment import augment
@@ -20,6 +19,7 @@ from tongkuan.learn.features import FeatureBatch, Joining
 from tongkuan.model.blocks import numbered
 from tongkuan.model.towers import pair_logits
 from tongkuan.model.trunk import ItemModel, Kind
+from tongkuan.ranks.arithmetic import tf32
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import Augmentation, Settings, TrainSettings
 

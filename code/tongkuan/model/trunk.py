@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tongkuan.base.arithmetic import computed_at
+from tongkuan.ranks.arithmetic import computed_at
 
 # transformers' types of encoders that take a mask of attention as it is used.
 READY_MASKS = ("bert", "roberta", "xlm-roberta")

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
-from tongkuan.base.arithmetic import set_arithmetic
 from tongkuan.base.errors import FailureError, LostError, UserError, clip, is_out_of_memory
 from tongkuan.base.machine import available_cores
+from tongkuan.ranks.arithmetic import set_arithmetic
 from tongkuan.ranks.network import await_listener, interface_to, is_here, is_taken
 from tongkuan.ranks.packing import Packer, Unpacker, empty, layout
 from tongkuan.ranks.place import (
