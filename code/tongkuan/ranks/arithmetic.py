@@ -1,7 +1,7 @@
 """By which arithmetic numbers are multiplied: set outright, so that no default of a version and no environment decides.
 
-TF32 is a GPU's way to multiply fp32 numbers: of their 23 digits it takes 10. torch leaves it out of matrix products and
-has it in convolutions, and environment variables change either.
+TF32 is a GPU's way to multiply fp32 numbers: of their 24 binary digits it takes 11. torch leaves it out of matrix
+products and has it in convolutions, and environment variables change either.
 """
 
 import os
