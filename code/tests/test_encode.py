@@ -1,10 +1,13 @@
 """encode.py: batches that suit the machine, and half precision whose cost is known."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tongkuan.encode.encode import (
     Embeddings,
@@ -15,6 +18,7 @@ from tongkuan.encode.encode import (
 )
 from tongkuan.encode.store import open_store
 from tongkuan.model.modelfile import load_model
+from tongkuan.ranks.arithmetic import computed_at
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import item_file, read_items
 from tongkuan.settings import DataSettings, ImageEncoder, ModelSettings
@@ -71,6 +75,39 @@ def test_batches_that_one_thread_gives_ahead_are_those_of_many(
     many = encoded(data, model)
     monkeypatch.setattr("tongkuan.encode.encode.lanes_of", lambda _: 0)
     np.testing.assert_array_equal(encoded(data, model), many)
+
+
+class Casts(TorchDispatchMode):
+    """Counts by address how often a tensor is made one of another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::_to_copy":
+            self.counts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_in_a_validation_of_many_batches(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, on a CPU; the next training step finds nothing of them."""
+    monkeypatch.setattr("tongkuan.encode.encode.lanes_of", lambda _: 0)
+    loaded, card = load_model(model)
+    weight = loaded.commodity.text.encoder.layer[0].output.dense.weight
+    items = read_items(item_file(data, "valid"))
+    store = open_store(items, data, card.settings, card.open_tokenizer(), cache_mb=0)
+    for expected in (1, 2):
+        with Casts() as casts:
+            encode(loaded, store, list(items), DataSettings(encode_batch=5), Ranks(0, 1, CPU), "bf16")
+            assert casts.counts[weight.data_ptr()] == 1
+        with torch.no_grad():
+            weight += expected
+        with Casts() as casts, computed_at("bf16", CPU):
+            torch.nn.functional.linear(torch.ones(1, weight.shape[1]), weight)
+            assert casts.counts[weight.data_ptr()] == 1, "cast anew, since it has changed"
 
 
 def test_a_batch_is_given_before_the_one_before_is_waited_for() -> None:

@@ -81,7 +81,7 @@ def test_without_a_word_a_gpu_that_has_bf16_takes_it_and_all_else_fp32(monkeypat
 
 def test_arithmetic_is_set_outright_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    set_tf32(True)
+    set_tf32(True, True)
     with join_ranks():
         assert_tf32(False)
         assert "NVIDIA_TF32_OVERRIDE" not in os.environ
@@ -98,7 +98,7 @@ def assert_tf32(is_on: bool) -> None:
 
 
 def test_tf32_is_on_for_encoders_alone_and_on_a_gpu_alone() -> None:
-    set_tf32(False)
+    set_tf32(False, False)
     for precision in ("fp32", "tf32", "bf16"):
         for device in (CPU, GPU):
             with tf32(precision == "tf32" and device.type == "cuda"):
@@ -110,6 +110,11 @@ def test_tf32_is_on_for_encoders_alone_and_on_a_gpu_alone() -> None:
     with pytest.raises(RuntimeError, match="a fault"), tf32(True):
         raise RuntimeError("a fault")
     assert_tf32(False)
+    set_tf32(False, True)  # torch's own default
+    with computed_at("fp32", CPU):
+        assert_tf32(False)
+    assert torch.backends.cudnn.allow_tf32
+    set_tf32(False, False)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

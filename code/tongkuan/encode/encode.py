@@ -112,7 +112,8 @@ class Computed:
 def compute(model: nn.Module, batch: Batch, settings: ModelSettings, device: torch.device) -> Computed:
     """Embeddings of a batch; a GPU is not waited for."""
     has_image = batch.has_image.numpy()
-    with torch.inference_mode():
+    # In inference mode, autocast would cast weights anew for every batch.
+    with torch.no_grad() if torch.is_autocast_enabled(device.type) else torch.inference_mode():
         batch = batch.to(device)
         images = normalised(batch, settings.image)
         numbers = model(images, batch.ids, batch.attended, *batch.words).float().to("cpu", non_blocking=True)

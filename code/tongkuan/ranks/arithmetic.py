@@ -17,7 +17,7 @@ HALVES = ("bf16", "fp16")  # precisions of 16 bits, to which weights and activat
 def set_arithmetic() -> None:
     """Have a GPU multiply and sum at fp32, by kernels whose sums have one order; a CPU does so anyway."""
     os.environ.pop("NVIDIA_TF32_OVERRIDE", None)  # CUDA's libraries ask it when a process first uses them
-    set_tf32(False)
+    set_tf32(False, False)
     torch.backends.cudnn.benchmark = False  # would choose kernels by the clock
     torch.backends.cudnn.deterministic = True
     # Parts of a long sum of halves are added at fp32.
@@ -25,24 +25,24 @@ def set_arithmetic() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def set_tf32(is_on: bool) -> None:
-    """Whether a GPU's matrix products and convolutions of fp32 numbers are computed in TF32."""
-    torch.set_float32_matmul_precision("high" if is_on else "highest")
-    torch.backends.cudnn.allow_tf32 = is_on
+def set_tf32(in_products: bool, in_convolutions: bool) -> None:
+    """Whether a GPU computes matrix products, and convolutions, of fp32 numbers in TF32."""
+    torch.set_float32_matmul_precision("high" if in_products else "highest")
+    torch.backends.cudnn.allow_tf32 = in_convolutions
 
 
 @contextmanager
 def tf32(is_on: bool) -> Iterator[None]:
-    """As set_tf32, of what happens inside."""
-    was_on = torch.get_float32_matmul_precision() == "high"
-    if is_on == was_on:
+    """Both in TF32, or neither, of what happens inside."""
+    before = (torch.get_float32_matmul_precision() != "highest", torch.backends.cudnn.allow_tf32)
+    if before == (is_on, is_on):
         yield
         return
-    set_tf32(is_on)
+    set_tf32(is_on, is_on)
     try:
         yield
     finally:
-        set_tf32(was_on)
+        set_tf32(*before)
 
 
 @contextmanager

@@ -195,6 +195,7 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
                 rank=place.rank,
                 world_size=place.world_size,
                 timeout=limit,
+                device_id=device if device.type == "cuda" else None,  # a GPU that is lost shows here, not in a step
             )
         except RuntimeError as error:
             reason = clip(str(error).strip().split("\n")[0], 200)
