@@ -185,10 +185,11 @@ def test_training_without_a_word_has_the_bytes_and_the_state_of_fp32_on_a_cpu(da
 
 
 def test_a_model_says_at_which_precision_a_gpu_has_trained_it(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tongkuan.learn.train.chosen_precision", lambda asked, _: asked or "bf16")
     train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "gpu.safetensors")
+    assert capsys.readouterr().out.startswith("train.precision=bf16, which the GPU multiplies; evaluate says")
     train(tiny_settings(tmp_path, "train.precision=bf16"), data, tmp_path / "other", tmp_path / "asked.safetensors")
     assert facts_of(tmp_path / "gpu.safetensors")["precision"] == "bf16"
     assert (tmp_path / "gpu.safetensors").read_bytes() == (tmp_path / "asked.safetensors").read_bytes()

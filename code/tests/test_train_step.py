@@ -92,6 +92,9 @@ def test_a_step_reads_back_no_number(data: Path, tmp_path: Path, precision: str)
     with Waits() as waits:
         for step in range(2):
             loss, norm = learner.take(step, coming)
+        for _, batch, _ in loaded:
+            for mask in (None, batch.mask):
+                learner.model.threshold.states(batch.ids, mask)
     assert waits.met == []
     with Waits() as noticed:
         learner.model.threshold.text(input_ids=loaded[0][1].ids, attention_mask=loaded[0][1].mask)

@@ -77,7 +77,10 @@ def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Settings
     with join_ranks() as ranks:
         check_batch(options, ranks)
         check_same(facts_of(task, settings), ranks)
-        options = options.model_copy(update={"precision": chosen_precision(options.precision, ranks)})
+        chosen = chosen_precision(options.precision, ranks)
+        if options.precision is None and chosen != "fp32" and ranks.is_first:
+            print(f"train.precision={chosen}, which the GPU multiplies; evaluate says what it costs", flush=True)
+        options = options.model_copy(update={"precision": chosen})
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
