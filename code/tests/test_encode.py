@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tongkuan.encode.encode import (
+    Computed,
     Embeddings,
     batch_size,
     encode,
@@ -75,6 +76,18 @@ def test_batches_that_one_thread_gives_ahead_are_those_of_many(
     many = encoded(data, model)
     monkeypatch.setattr("tongkuan.encode.encode.lanes_of", lambda _: 0)
     np.testing.assert_array_equal(encoded(data, model), many)
+
+
+def test_numbers_on_their_way_from_a_gpu_are_waited_for_and_taken_out_of_its_memory() -> None:
+    arriving = torch.zeros(2, 3)
+
+    class Event:
+        def synchronize(self) -> None:
+            arriving.fill_(7)
+
+    found = Computed(arriving, np.array([True, False]), Event()).wait()
+    arriving.fill_(8)  # for the next batch
+    np.testing.assert_array_equal(found, np.full((2, 3), 7, np.float32))
 
 
 class Casts(TorchDispatchMode):
