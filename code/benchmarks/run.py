@@ -2,7 +2,8 @@
 
 `PYTHONPATH=code:. .venv/bin/python code/benchmarks/run.py --items 16 --runs 5`
 `--profile` says where our time goes, `--linear` how it grows, `--cache` what a second run takes, `--compile` what
-torch.compile brings. Training is timed by train_step.py, preparing by resize.py.
+torch.compile brings, `--windows` what windows folded into heads bring. Training is timed by train_step.py, preparing by
+resize.py.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 import reference
 import torch
 import world
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from tokenizers import Tokenizer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -175,6 +176,29 @@ def bench_compile(made: World, runs: int, folder: Path) -> None:
     report("compiled", "pairs/s", len(made.pairs), seconds)
 
 
+def attend_by(model: nn.Module, kind: type[WindowAttention]) -> None:
+    """Have a kind of attention in Swin's windows, of the weights that are there."""
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            module.__class__ = kind
+
+
+def bench_windows(made: World, runs: int, folder: Path) -> None:
+    """Swin's windows by timm's way, then folded into heads as ours."""
+    plain = copy.deepcopy(made.model)
+    attend_by(plain, WindowAttention)
+    for model in (plain, made.model):
+        prepare(model, ALONE.device, "fp32")
+    found: dict[str, Any] = {}
+
+    def run(name: str, model: TwoTowers) -> Callable[[], None]:
+        return lambda: found.update({name: made.ours(model, folder / name)})
+
+    run("folded", made.model)()  # memory that is kept is there from now on
+    report("windows", "pairs/s", len(made.pairs), in_turn(runs, run("plain", plain), run("folded", made.model)))
+    print(f"{'':<10}largest difference of a number {largest_difference(found['plain'], found['folded']):.1e}")
+
+
 def flops_of(made: World) -> float:
     """Floating-point operations of all encoders over all items, padding included."""
     model, store, size = reference.as_published(copy.deepcopy(made.model)), made.store(), made.settings.image.size
@@ -301,7 +325,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=16, help="of predict, and as many pairs (default 16)")
     parser.add_argument("--runs", type=int, default=5, help="of each, in turn (default 5)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="ours (default fp32)")
-    modes = ("write", "predict", "profile", "linear", "cache", "compile")
+    modes = ("write", "predict", "profile", "linear", "cache", "compile", "windows")
     for mode in modes:
         parser.add_argument(f"--{mode}", action="store_true", help="only what is named so")
     arguments = parser.parse_args()
@@ -326,6 +350,8 @@ def main() -> None:
             bench_cache(made, folder)
         if "compile" in chosen:
             bench_compile(made, arguments.runs, folder)
+        if "windows" in chosen:
+            bench_windows(made, arguments.runs, folder)
 
 
 if __name__ == "__main__":

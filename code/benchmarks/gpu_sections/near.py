@@ -3,24 +3,27 @@
 import copy
 import shutil
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from run import compile_blocks
+from run import attend_by, compile_blocks
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 
 from gpu_sections.bench import NEEDS_CUDA, Bench, Way, compare, prepared
 from gpu_sections.book import Page
 from gpu_sections.train import ours
 from tongkuan.model.towers import TwoTowers
-from tongkuan.model.trunk import ItemModel
+from tongkuan.model.windows import FoldedWindows
 
 SMALL = 4  # items, where launching is what takes the time
 Forward = Callable[[], Tensor]
 
 
 def near(bench: Bench, page: Page) -> None:
-    """In bf16: a pure bf16 network, CUDA graphs, compiled blocks in forward and in training."""
-    parts = {"residual": residual, "CUDA graphs": graphs, "compiled, forward": compiled, "compiled, training": learning}
+    """In bf16: windows folded into heads, a pure bf16 network, CUDA graphs, compiled blocks."""
+    parts = {"windows": windows, "residual": residual, "CUDA graphs": graphs}
+    parts |= {"windows, training": learning_windows, "compiled blocks": compiled, "compiled, training": learning}
     for name, part in parts.items():
         if page.has_time(name):
             with page.trying(name):
@@ -46,6 +49,31 @@ def beside(bench: Bench, page: Page, name: str, plain: Forward, other: Forward, 
     one, two = plain().float(), other().float()
     worst, largest = float((one - two).abs().max()), float(one.abs().max())
     page.measured(f"{name}: largest difference", worst, note=f"largest number {largest:.3g}")
+
+
+def windows(bench: Bench, page: Page) -> None:
+    """Swin's windows by timm's way, and folded into heads, as predict has them."""
+    model = prepared(bench, "bf16")
+    attend_by(model, WindowAttention)
+    plain, folded = (forward(bench, each, bench.usual) for each in (model, prepared(bench, "bf16")))
+    beside(bench, page, "windows folded", plain, folded, bench.usual)
+
+
+def learning_windows(bench: Bench, page: Page) -> None:
+    """Training steps with windows by timm's way, as train has them, and folded."""
+    few = bench.sizes.pairs[0]
+    ways = {"training, bf16": ours(bench, 0, "bf16", pairs=few)}
+    fold = partial(attend_by, kind=AlwaysFolded)
+    ways["training, bf16, windows folded"] = ours(bench, 0, "bf16", change=fold, pairs=few)
+    compare(bench, page, "pairs/s", ways)
+
+
+class AlwaysFolded(FoldedWindows):
+    """Folded where it learns, too."""
+
+    def folds(self) -> bool:
+        """As FoldedWindows."""
+        return True
 
 
 def residual(bench: Bench, page: Page) -> None:
@@ -104,13 +132,9 @@ def learning(bench: Bench, page: Page) -> None:
         return
     few = bench.sizes.pairs[0]
     ways = {"training, bf16": ours(bench, 0, "bf16", pairs=few)}
-    ways["training, bf16, compiled blocks"] = ours(bench, 0, "bf16", change=compile_with(bench), pairs=few)
+    change = partial(compile_blocks, compiler=bench.sizes.compiler)
+    ways["training, bf16, compiled blocks"] = ours(bench, 0, "bf16", change=change, pairs=few)
     compare(bench, page, "pairs/s", ways)
-
-
-def compile_with(bench: Bench) -> Callable[[ItemModel], None]:
-    """`compile_blocks` by this bench's compiler."""
-    return lambda model: compile_blocks(model, bench.sizes.compiler)
 
 
 def lacks_compiler(bench: Bench, page: Page, name: str) -> bool:
