@@ -35,12 +35,12 @@ def predict(
     out: Path,
 ) -> dict[str, NDArray[np.float32]]:
     """Write a row a pair; returns the embedding [p ; q] (2D,) of each item as it was met last."""
-    met = {}
+    met, device = {}, next(model.parameters()).device
     with out.open("wb") as file, torch.no_grad():
         for start in range(0, len(pairs), BATCH):
             batch = pairs[start : start + BATCH]
             both = [
-                model(*side_inputs([items[item_id] for item_id in side], settings, tokenizer, images)).numpy()
+                model(*on(device, side_inputs([items[i] for i in side], settings, tokenizer, images))).cpu().numpy()
                 for side in ([pair.left for pair in batch], [pair.right for pair in batch])
             ]
             for pair, left, right in zip(batch, *both, strict=True):
@@ -73,6 +73,12 @@ def side_inputs(side: Sequence[Item], settings: ModelSettings, tokenizer: Tokeni
     encodings = tokenizer.encode_batch([item_text(item) for item in side])
     ids, mask = (torch.tensor([getattr(e, name) for e in encodings]) for name in ("ids", "attention_mask"))
     return (torch.from_numpy(pixels).float() / 255 - mean) / deviation, ids, mask
+
+
+def on(device: torch.device, side: Side) -> Side:
+    """A side on a device, each tensor waited for."""
+    pixels, ids, mask = (tensor.to(device) for tensor in side)
+    return pixels, ids, mask
 
 
 def pair_loss(model: TwoTowers, sides: Sequence[Side], labels: Tensor) -> tuple[Tensor, Tensor]:

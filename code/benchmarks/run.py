@@ -2,7 +2,8 @@
 
 `PYTHONPATH=code:. .venv/bin/python code/benchmarks/run.py --items 16 --runs 5`
 `--profile` says where our time goes, `--linear` how it grows, `--cache` what a second run takes, `--compile` what
-torch.compile brings. Training is timed by train_step.py, preparing by resize.py.
+torch.compile brings, `--windows` what windows folded into heads bring. Training is timed by train_step.py, preparing by
+resize.py.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import numpy as np
 import reference
 import torch
 import world
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from tokenizers import Tokenizer
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 from turns import in_turn, report
 
 from tongkuan.base.machine import available_cores
@@ -45,20 +49,43 @@ from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Item, Pair, info_row, item_file, pair_file, pair_row
 from tongkuan.records.result import read_predictions
 from tongkuan.result.predict import format_rows, predict, write_result
-from tongkuan.settings import DataSettings, Precision
+from tongkuan.settings import DataSettings, ModelSettings, Precision
 
+GRAPHS = 64  # at most, of the code that all blocks of an encoder share
 ROWS = 16_000  # of the writing benchmark, of 1,024 numbers a side
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def multiply_rate(dtype: torch.dtype, size: int = 1024) -> float:
-    """GFLOP/s of a square matrix multiplication over all cores: the machine's own limit."""
-    left, right = torch.rand(2, size, size).to(dtype)
+def multiply_rate(
+    dtype: torch.dtype, size: int = 1024, device: torch.device = ALONE.device, seconds: float = 1.0
+) -> float:
+    """GFLOP/s of a square matrix multiplication over all cores or on a GPU: the machine's own limit."""
+    left, right = torch.rand(2, size, size, device=device).to(dtype)
+    return 2 * size**3 * times_a_second(lambda: left @ right, device, seconds) / 1e9
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Of the factors of a product."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def times_a_second(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """How often `work` is done in a second, after once that is not counted."""
+    work()
+    wait_for(device)
     started, times = time.perf_counter(), 0
-    while times == 0 or time.perf_counter() - started < 1:
-        left @ right
-        times += 1
-    return 2 * size**3 * times / (time.perf_counter() - started) / 1e9
+    while times == 0 or time.perf_counter() - started < seconds:
+        for _ in range(4 if device.type == "cuda" else 1):  # a GPU would stand still while it is waited for
+            work()
+            times += 1
+        wait_for(device)
+    return times / (time.perf_counter() - started)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass
@@ -70,25 +97,40 @@ class World:
     images: Path
     tokenizer: Tokenizer
     model: TwoTowers
+    settings: ModelSettings
+    ranks: Ranks = ALONE
 
     def store(self) -> ItemStore:
         """With nothing read yet."""
-        return ItemStore(self.items, self.images, world.SETTINGS, self.tokenizer)
+        return ItemStore(self.items, self.images, self.settings, self.tokenizer)
 
-    def ours(self, model: TwoTowers, out: Path, precision: Precision = "fp32") -> dict[str, Embeddings]:
+    def few(self, num_items: int) -> "World":
+        """The first items, in as many pairs."""
+        items = dict(list(self.items.items())[:num_items])
+        return replace(self, items=items, pairs=world.make_pairs(items))
+
+    def published(self, model: TwoTowers, out: Path) -> dict[str, Embeddings]:
+        """The same by the published way, with a model of `as_published`."""
+        return reference.predict(model, self.settings, self.tokenizer, self.items, self.images, self.pairs, out)
+
+    def ours(
+        self, model: TwoTowers, out: Path, precision: Precision = "fp32", data: DataSettings | None = None
+    ) -> dict[str, Embeddings]:
         """Decode, tokenise, encode and write."""
-        embeddings = encode(model, self.store(), distinct_items(self.pairs), DataSettings(), ALONE, precision)
+        item_ids = distinct_items(self.pairs)
+        embeddings = encode(model, self.store(), item_ids, data or DataSettings(), self.ranks, precision)
         write_result(out, format_rows(self.pairs, embeddings, 0.0))
         return embeddings
 
 
-def make_world(num_items: int, folder: Path) -> World:
-    items = world.make_items(num_items, folder / "images")
+def make_world(num_items: int, folder: Path, settings: ModelSettings = world.SETTINGS, ranks: Ranks = ALONE) -> World:
+    items = world.make_items(num_items, folder / "images", settings.image.size)
     tokenizer = character_tokenizer(world.texts(items))
     torch.manual_seed(0)
-    config = text_config_of(world.SETTINGS.text, tokenizer.get_vocab_size())
-    model = build(world.SETTINGS, config, pretrained=False).eval()
-    return World(items, world.make_pairs(items), folder / "images", tokenizer, model)
+    config = text_config_of(settings.text, tokenizer.get_vocab_size())
+    with ranks.device:  # where the weights are drawn
+        model = build(settings, config, pretrained=False).eval()
+    return World(items, world.make_pairs(items), folder / "images", tokenizer, model, settings, ranks)
 
 
 def largest_difference(one: dict[str, Embeddings], other: dict[str, Embeddings]) -> float:
@@ -103,9 +145,7 @@ def bench_predict(made: World, runs: int, precision: Precision, folder: Path) ->
     found: dict[str, Any] = {}
 
     def published() -> None:
-        found["published"] = reference.predict(
-            published_model, world.SETTINGS, made.tokenizer, made.items, made.images, made.pairs, folder / "published"
-        )
+        found["published"] = made.published(published_model, folder / "published")
 
     def ours() -> None:
         found["ours"] = made.ours(model, folder / "ours", precision)
@@ -114,11 +154,18 @@ def bench_predict(made: World, runs: int, precision: Precision, folder: Path) ->
     print(f"{'':<10}largest difference of a number {largest_difference(found['published'], found['ours']):.1e}")
 
 
+def compile_blocks(model: nn.Module, compiler: str = "inductor") -> None:
+    """Have each layer of BERT and each block of Swin compiled when it is first run: those of one kind share a graph."""
+    torch._dynamo.config.recompile_limit = GRAPHS
+    for module in model.modules():
+        if isinstance(module, SwinTransformerBlock | GradientCheckpointingLayer):
+            module.compile(backend=compiler, dynamic=isinstance(module, GradientCheckpointingLayer))
+
+
 def bench_compile(made: World, runs: int, folder: Path) -> None:
-    """Our way as it is, and with its encoders compiled; compiling itself is told apart."""
+    """Our way as it is, and with its encoders' blocks compiled; compiling itself is told apart."""
     compiled = copy.deepcopy(made.model)
-    for tower in (compiled.threshold, compiled.commodity):
-        tower.text, tower.image = torch.compile(tower.text, dynamic=True), torch.compile(tower.image, dynamic=True)
+    compile_blocks(compiled)
     prepare(compiled, ALONE.device, "fp32")
     started = time.perf_counter()
     made.ours(compiled, folder / "compiled")
@@ -129,20 +176,44 @@ def bench_compile(made: World, runs: int, folder: Path) -> None:
     report("compiled", "pairs/s", len(made.pairs), seconds)
 
 
+def attend_by(model: nn.Module, kind: type[WindowAttention]) -> None:
+    """Have a kind of attention in Swin's windows, of the weights that are there."""
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            module.__class__ = kind
+
+
+def bench_windows(made: World, runs: int, folder: Path) -> None:
+    """Swin's windows by timm's way, then folded into heads as ours."""
+    plain = copy.deepcopy(made.model)
+    attend_by(plain, WindowAttention)
+    for model in (plain, made.model):
+        prepare(model, ALONE.device, "fp32")
+    found: dict[str, Any] = {}
+
+    def run(name: str, model: TwoTowers) -> Callable[[], None]:
+        return lambda: found.update({name: made.ours(model, folder / name)})
+
+    run("folded", made.model)()  # memory that is kept is there from now on
+    report("windows", "pairs/s", len(made.pairs), in_turn(runs, run("plain", plain), run("folded", made.model)))
+    print(f"{'':<10}largest difference of a number {largest_difference(found['plain'], found['folded']):.1e}")
+
+
 def flops_of(made: World) -> float:
     """Floating-point operations of all encoders over all items, padding included."""
-    model, store, size = reference.as_published(copy.deepcopy(made.model)), made.store(), world.SETTINGS.image.size
-    counted = []
-    for width in world.TOKENS:
-        ids = torch.zeros(1, width, dtype=torch.long)
+    model, store, size = reference.as_published(copy.deepcopy(made.model)), made.store(), made.settings.image.size
+    device, counted, lengths = made.ranks.device, [], store.lengths(list(made.items))
+    ends = max(lengths) // 2, max(lengths)
+    for width in ends:
+        ids = torch.zeros(1, width, dtype=torch.long, device=device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(1, 3, size, size), ids, torch.ones_like(ids))
+            model(torch.zeros(1, 3, size, size, device=device), ids, torch.ones_like(ids))
         counted.append(counter.get_total_flops())
     # Nearly linear in the tokens: their attention is a hundredth of the whole.
-    each = (counted[1] - counted[0]) / (world.TOKENS[1] - world.TOKENS[0])
-    batches = length_batches(store, list(made.items), batch_size(DataSettings(), world.SETTINGS, ALONE.device))
+    each = (counted[1] - counted[0]) / (ends[1] - ends[0])
+    batches = length_batches(store, list(made.items), batch_size(DataSettings(), made.settings, device))
     widths = [(len(ids), max(map(len, store.tokens(ids)))) for ids in batches]
-    return float(sum(count * (counted[0] + each * (width - world.TOKENS[0])) for count, width in widths))
+    return float(sum(count * (counted[0] + each * (width - ends[0])) for count, width in widths))
 
 
 def profile_predict(made: World, precision: Precision, folder: Path) -> None:
@@ -170,8 +241,7 @@ def profile_predict(made: World, precision: Precision, folder: Path) -> None:
     timed("write", lambda: write_result(folder / "ours", format_rows(made.pairs, embeddings, 0.0)))()
     wall = time.perf_counter() - started
     print(f"wall {wall:.2f} s; " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in spent.items()))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    limit, rate = multiply_rate(dtype), flops_of(made) / (spent["encoders"] / lanes) / 1e9
+    limit, rate = multiply_rate(dtype_of(precision)), flops_of(made) / (spent["encoders"] / lanes) / 1e9
     print(f"encoders: {spent['encoders'] / lanes / wall:.0%} of the wall time of {lanes} cores, ", end="")
     print(f"{rate:.0f} GFLOP/s, {rate / limit:.0%} of a {precision} matrix multiplication's {limit:.0f}")
     ids = length_batches(store, item_ids, batch_size(DataSettings(), world.SETTINGS, ALONE.device))[0]
@@ -188,8 +258,7 @@ def profile_predict(made: World, precision: Precision, folder: Path) -> None:
 def bench_linear(made: World, runs: int, folder: Path) -> None:
     """A quarter of the items, then all of them, in turn."""
     prepare(made.model, ALONE.device, "fp32")
-    few = World(dict(list(made.items.items())[: len(made.items) // 4]), [], made.images, made.tokenizer, made.model)
-    few.pairs = world.make_pairs(few.items)
+    few = made.few(len(made.items) // 4)
     small, large = in_turn(runs, lambda: few.ours(few.model, folder / "a"), lambda: made.ours(made.model, folder / "b"))
     ratios = [b / a for a, b in zip(small, large, strict=True)]
     print(
@@ -256,7 +325,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=16, help="of predict, and as many pairs (default 16)")
     parser.add_argument("--runs", type=int, default=5, help="of each, in turn (default 5)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="ours (default fp32)")
-    modes = ("write", "predict", "profile", "linear", "cache", "compile")
+    modes = ("write", "predict", "profile", "linear", "cache", "compile", "windows")
     for mode in modes:
         parser.add_argument(f"--{mode}", action="store_true", help="only what is named so")
     arguments = parser.parse_args()
@@ -281,6 +350,8 @@ def main() -> None:
             bench_cache(made, folder)
         if "compile" in chosen:
             bench_compile(made, arguments.runs, folder)
+        if "windows" in chosen:
+            bench_windows(made, arguments.runs, folder)
 
 
 if __name__ == "__main__":

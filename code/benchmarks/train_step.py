@@ -11,10 +11,10 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import reference
@@ -33,35 +33,43 @@ from tongkuan.model.encoders import character_tokenizer, text_config_of
 from tongkuan.model.modelfile import ModelCard
 from tongkuan.model.towers import build, checkpoint_activations
 from tongkuan.ranks.group import Ranks
+from tongkuan.records.items import Item
 from tongkuan.records.labels import labels_of
 from tongkuan.settings import ModelSettings, Settings
 
+T = TypeVar("T")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SWIN_DEPTHS = (2, 2, 6, 2)  # Swin-T's
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # both ways must see the same network
 Published = tuple[tuple[reference.Side, reference.Side], Tensor]
 
 
+def still(settings: ModelSettings) -> ModelSettings:
+    """`settings` without dropout."""
+    values = settings.model_dump()
+    values["text"]["config"] |= STILL
+    values["image"]["arguments"] |= {"drop_path_rate": 0.0}
+    return ModelSettings.model_validate(values)
+
+
 def shallow(settings: ModelSettings, depth: float) -> ModelSettings:
     """`settings` with a share of the layers, each as large as before, and without dropout."""
-    layers = {"num_hidden_layers": max(1, round(12 * depth))}
-    depths = {"depths": [max(1, round(layers * depth)) for layers in SWIN_DEPTHS], "drop_path_rate": 0.0}
-    values = settings.model_dump()
-    values["text"]["config"] |= STILL | layers
-    values["image"]["arguments"] |= depths
+    values = still(settings).model_dump()
+    values["text"]["config"] |= {"num_hidden_layers": max(1, round(12 * depth))}
+    values["image"]["arguments"] |= {"depths": [max(1, round(layers * depth)) for layers in SWIN_DEPTHS]}
     return ModelSettings.model_validate(values)
 
 
 class Bench:
     """One network; two ways to train it, from the same weights, each with an optimiser of its own."""
 
-    def __init__(self, settings: Settings, task: Task) -> None:
-        self.settings, self.task = settings, task
+    def __init__(self, settings: Settings, task: Task, ranks: Ranks = ALONE) -> None:
+        self.settings, self.task, self.ranks = settings, task, ranks
         torch.manual_seed(0)
+        with ranks.device:
+            model = build(settings.model, task.card.text_config, pretrained=False)
         # Contiguous, as published: the layout of our pictures alone makes the convolutions channels-last.
-        model = build(settings.model, task.card.text_config, pretrained=False).to(memory_format=torch.contiguous_format)
-        self.model = model.train()
-        self.start = copy.deepcopy(model.state_dict())
+        self.model = model.to(memory_format=torch.contiguous_format).train()
 
     def switch(self, is_published: bool) -> None:
         """Attention written out, for fused attention came after the published entry; nothing recomputed. Or ours."""
@@ -90,25 +98,44 @@ class Bench:
         """The distinct items of a part, and the labels."""
         return part, self.task.train_store.batch(part.item_ids), torch.from_numpy(labels_of(part.pairs))
 
+    def parts(self) -> Iterator[Part]:
+        """What steps learn from, from the first on."""
+        return parts(self.task.train_pairs, self.settings.train, self.ranks, 0)
+
+    def loaded(self, read: Callable[[Part], T]) -> Iterator[T]:
+        """The parts as `read` has them, read ahead by one thread."""
+        return prefetch(self.parts(), read, 1)
+
+    def published_optimizer(self) -> torch.optim.Optimizer:
+        """Adam as it was: weight by weight."""
+        options = self.settings.train
+        return torch.optim.Adam(
+            self.model.parameters(), options.learning_rate, options.betas, weight_decay=options.weight_decay
+        )
+
+    def published_step(self, optimizer: torch.optim.Optimizer, loaded: Iterator[Published]) -> float:
+        """One step on the next part: its loss."""
+        sides, labels = next(loaded)
+        device, clip_norm = self.ranks.device, self.settings.train.clip_norm
+        inputs = [reference.on(device, side) for side in sides]
+        return reference.training_step(self.model, optimizer, inputs, labels.to(device), clip_norm)[0]
+
     def published(self) -> Iterator[tuple[float, float]]:
         """(loss, seconds) of each step from the first on; its loader reads ahead too."""
         options = self.settings.train
-        optimizer = torch.optim.Adam(
-            self.model.parameters(), options.learning_rate, options.betas, weight_decay=options.weight_decay
-        )
-        loaded = prefetch(parts(self.task.train_pairs, options, ALONE, 0), self.published_input, 1)
+        optimizer = self.published_optimizer()
+        loaded = self.loaded(self.published_input)
         for step in range(options.steps):
             self.switch(is_published=True)
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, options.learning_rate, options)
-            sides, labels = next(loaded)
-            loss, _ = reference.training_step(self.model, optimizer, sides, labels, options.clip_norm)
+            loss = self.published_step(optimizer, loaded)
             yield loss, time.perf_counter() - started
 
     def ours(self, learner: TrainStep) -> Iterator[tuple[float, float]]:
         """(loss, seconds) of each step from the first on."""
-        loaded = prefetch(parts(self.task.train_pairs, self.settings.train, ALONE, 0), self.our_input, 1)
+        loaded = self.loaded(self.our_input)
         for step in range(self.settings.train.steps):
             self.switch(is_published=False)
             started = time.perf_counter()
@@ -117,16 +144,16 @@ class Bench:
 
     def losses(self, steps: int) -> tuple[list[float], list[float]]:
         """Of the first steps, the published way and ours, each from the starting weights."""
-        found = []
+        found, start = [], copy.deepcopy(self.model.state_dict())
         for is_published in (True, False):
-            self.model.load_state_dict(self.start)
-            run = self.published() if is_published else self.ours(TrainStep(self.model, self.settings, ALONE))
+            self.model.load_state_dict(start)
+            run = self.published() if is_published else self.ours(TrainStep(self.model, self.settings, self.ranks))
             found.append([loss for loss, _ in itertools.islice(run, steps)])
         return found[0], found[1]
 
     def kept(self) -> tuple[float, float]:
         """Bytes a pair that the first forward keeps for backward, the published way and ours; inputs included."""
-        part = next(parts(self.task.train_pairs, self.settings.train, ALONE, 0))
+        part = next(self.parts())
         state = [*self.model.parameters(), *self.model.buffers()]
         self.switch(is_published=True)
         sides, labels = self.published_input(part)
@@ -135,7 +162,7 @@ class Bench:
             before = published.now + sum(tensor.nbytes for side in sides for tensor in side)
         del outcome
         self.switch(is_published=False)
-        learner, (_, batch, labels) = TrainStep(self.model, self.settings, ALONE), self.our_input(part)
+        learner, (_, batch, labels) = TrainStep(self.model, self.settings, self.ranks), self.our_input(part)
         with LiveStorages(state) as ours:
             loss = learner.part_loss(part, batch, labels)
             now = ours.now + batch.ids.nbytes + batch.mask.nbytes
@@ -173,9 +200,8 @@ class LiveStorages(TorchDispatchMode):
         self.now -= size
 
 
-def make_task(settings: ModelSettings, num_items: int, folder: Path) -> Task:
-    """Sample items in as many pairs, labelled by chance; validation does not come into it."""
-    items = world.make_items(num_items, folder)
+def make_task(settings: ModelSettings, items: dict[str, Item], folder: Path) -> Task:
+    """Items with pictures in `folder`, in as many pairs, labelled by chance; validation does not come into it."""
     generator = np.random.default_rng(3)
     pairs = [replace(pair, label=int(generator.integers(2))) for pair in world.make_pairs(items)]
     tokenizer = character_tokenizer(world.texts(items))
@@ -186,7 +212,7 @@ def make_task(settings: ModelSettings, num_items: int, folder: Path) -> Task:
 
 def bench_steps(bench: Bench, runs: int) -> None:
     """Steps in turn, after one of each that is not counted."""
-    learner = TrainStep(bench.model, bench.settings, ALONE)
+    learner = TrainStep(bench.model, bench.settings, bench.ranks)
     seconds: tuple[list[float], list[float]] = ([], [])
     both = (bench.published(), bench.ours(learner))
     for run in range(runs + 1):
@@ -198,8 +224,7 @@ def bench_steps(bench: Bench, runs: int) -> None:
                 learner.take_times()
     pairs = bench.settings.train.pairs
     report("train", "pairs/s", pairs, seconds)
-    draw = parts(bench.task.train_pairs, bench.settings.train, ALONE, 0)
-    items = statistics.mean(len(part.item_ids) / pairs for part in itertools.islice(draw, 1, runs + 1))
+    items = statistics.mean(len(part.item_ids) / pairs for part in itertools.islice(bench.parts(), 1, runs + 1))
     print(
         f"{'':<10}distinct items a pair {items:.2f}; our steps waited {1000 * learner.take_times()[1]:.1f} ms for data"
     )
@@ -226,7 +251,8 @@ def main() -> None:
     options = {name: getattr(arguments, name) for name in ("pairs", "draw", "checkpoint_activations")}
     settings = Settings.model_validate({"model": shallow(world.SETTINGS, arguments.depth), "train": options})
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(settings, make_task(settings.model, arguments.items, Path(folder)))
+        items = world.make_items(arguments.items, Path(folder))
+        bench = Bench(settings, make_task(settings.model, items, Path(folder)))
         print(f"{'':<10}{'published':>12}{'ours':>12} {'':<10}{'ratio':>9}  (spread over {arguments.runs} runs)")
         if arguments.kept:
             published, ours = (size / 2**20 for size in bench.kept())

@@ -26,8 +26,8 @@ SETTINGS = ModelSettings.model_validate(
 )
 
 
-def make_items(num_items: int, images: Path) -> dict[str, Item]:
-    """Items of the sample catalogue, each with a picture in `images` and a text of TOKENS characters."""
+def make_items(num_items: int, images: Path, side: int = SETTINGS.image.size) -> dict[str, Item]:
+    """Items of the sample catalogue: pictures of `side` pixels in `images`, texts of TOKENS characters."""
     products = max(24, num_items // 3)
     listings = [row for rows in sample.plan(products).listings.values() for row in rows if not row.defect]
     generator = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def make_items(num_items: int, images: Path) -> dict[str, Item]:
     for number, listing in zip(count(), tqdm(listings[:num_items], desc="drawing", unit="item", disable=None)):
         length, start = int(generator.integers(*TOKENS)), int(generator.integers(len(words) - TOKENS[1]))
         item = parse_item({**listing.row, "title": words[start : start + length], "item_pvs": "", "sku_pvs": ""}, "")
-        picture, *_ = squash(sample.encode_picture(sample.generator(0, 1, 0, number), listing), SETTINGS.image.size)
+        picture, *_ = squash(sample.encode_picture(sample.generator(0, 1, 0, number), listing), side)
         (images / item.image_name).write_bytes(picture)
         items[item.item_id] = item
     return items

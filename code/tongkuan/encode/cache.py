@@ -41,6 +41,7 @@ SOURCES = (
     "model/one",
     "model/towers",
     "model/trunk",
+    "model/windows",
     "records/arrays",
     "records/colours",
     "records/pictures",

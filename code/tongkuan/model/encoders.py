@@ -159,6 +159,8 @@ def build_image(settings: ImageEncoder, pretrained: bool) -> nn.Module:
     import timm
     from timm.layers.config import set_fused_attn
 
+    from tongkuan.model.windows import fold_windows
+
     # Swin's attention, too, without its table of scores in memory: timm takes that for an experiment.
     set_fused_attn(True, experimental=True)
     kind, place = locate(settings.weights) if pretrained else ("random", "")
@@ -175,6 +177,7 @@ def build_image(settings: ImageEncoder, pretrained: bool) -> nn.Module:
         raise unreachable(place, error) from error
     if kind == "folder":
         load_in_order(encoder, read_tensors(Path(place)), place)
+    fold_windows(encoder)
     return encoder.to(memory_format=torch.channels_last)
 
 

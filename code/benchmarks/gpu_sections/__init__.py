@@ -1,0 +1,1 @@
+"""The sections of gpu.py: what each measures, and the table that they fill."""
