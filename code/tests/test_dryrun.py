@@ -8,6 +8,7 @@ from worlds import snapshot, tiny_preset, tiny_settings
 
 from tongkuan.base.errors import UserError
 from tongkuan.cli.verbs import main
+from tongkuan.dryrun import FEW_PAIRS, MANY_PAIRS, describe_recipe
 from tongkuan.learn.train import train
 from tongkuan.presets import describe, load_settings, preset_names, resolve
 
@@ -35,8 +36,23 @@ def test_a_plan_of_training_counts_and_estimates_and_writes_nothing(
     assert "24 pairs, 50.0% the same product, of 18 items" in line_of(lines, "train: ")
     assert "24 pairs" in line_of(lines, "valid: ") and "without a picture file: 0" in line_of(lines, "valid: ")
     assert "60 of 4 pairs; ranks 1; each pair is met 10 times" in line_of(lines, "steps: ")
+    assert line_of(lines, "recipe: ") == describe_recipe(24)
     assert "3 validations" in line_of(lines, "time: ") and line_of(lines, "memory of a rank in MiB")
     assert snapshot(tmp_path) == before and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "start"),
+    [
+        (24, "frozen encoders (preset best) suit"),
+        (FEW_PAIRS, "frozen encoders (preset best) suit"),
+        (FEW_PAIRS + 1, "try both"),
+        (MANY_PAIRS - 1, "try both"),
+        (MANY_PAIRS, "trained encoders may suit"),
+    ],
+)
+def test_a_plan_says_which_recipe_suits_so_many_pairs(num_pairs: int, start: str) -> None:
+    assert describe_recipe(num_pairs).startswith(f"recipe: {start}")
 
 
 def test_a_dry_run_goes_on_from_what_a_run_has(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

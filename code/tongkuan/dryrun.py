@@ -35,6 +35,9 @@ from tongkuan.settings import DataSettings, Precision, Settings
 NEXT = "next: the same command without --dry-run"
 PROBE_STEPS = 5
 PROBE_BATCHES = 5  # a core or a GPU
+FEW_PAIRS = 3_148  # frozen encoders were better on all that was measured up to here: docs/accuracy.md
+LEVEL_PAIRS = 11_463  # of drawn pictures, where the two were level
+MANY_PAIRS = 22_702  # of drawn pictures, where trained ones were
 
 
 def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
@@ -67,6 +70,7 @@ def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
         describe_pairs("valid", task.valid_pairs, task.valid_store),
         *task.train_store.coverage(),
         describe_trained(model),
+        describe_recipe(len(task.train_pairs)),
         f"{describe_peak(ranks.device)} in {PROBE_STEPS} steps and a validation's batches"
         f"{f', {mebibytes(held)} more for features' if held else ''}",
         f"steps: {start}{left:,} of {options.pairs} pairs; ranks {ranks.world_size}; {met}",
@@ -149,6 +153,20 @@ def describe_trained(model: ItemModel) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     trained, whole = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
     return f"parameters: {trained:,} of {whole:,} are trained"
+
+
+def describe_recipe(num_pairs: int) -> str:
+    """Whether frozen or trained encoders suit so many training pairs, as far as that was measured."""
+    frozen, trained = "frozen encoders (preset best)", "trained encoders"
+    if num_pairs <= FEW_PAIRS:
+        said = f"{frozen} suit so few pairs; they were better on all three sets of some 3,000 that were measured"
+    elif num_pairs >= MANY_PAIRS:
+        said = (
+            f"{trained} may suit so many pairs; better on {MANY_PAIRS:,} of drawn pictures, the one such set measured"
+        )
+    else:
+        said = f"try both; {frozen} and {trained} were level on {LEVEL_PAIRS:,} of drawn pictures"
+    return f"recipe: {said}"
 
 
 def load_probe(task: Task, model: ItemModel, settings: Settings, ranks: Ranks, first_step: int) -> Generator[Loaded]:
