@@ -26,7 +26,7 @@ from gpu_sections.right import right
 from gpu_sections.same_bytes import same_bytes
 from gpu_sections.train import memory, train
 
-GRACE = 20  # seconds, after which a call that Python cannot interrupt is ended
+GRACE = 10  # seconds, after which a call that Python cannot interrupt is ended
 SHARE = 0.9  # of the seconds is dealt to sections; one that does not look at the clock may use the rest
 
 
