@@ -1,8 +1,10 @@
 """cache.py: what is encoded once is not encoded again, and nobody can tell from the result."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Event, Timer, current_thread, main_thread
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from safetensors.torch import save_file
 
 from tongkuan.base.errors import UserError
 from tongkuan.base.machine import processor_of
+from tongkuan.cli.exits import describe
 from tongkuan.cli.verbs import main
 from tongkuan.encode.cache import Cache
+from tongkuan.encode.store import ItemStore, background
 from tongkuan.model.towers import TwoTowers
 from tongkuan.records.items import item_file
 from tongkuan.result.predict import predict
@@ -121,7 +125,7 @@ def test_another_model_precision_or_batch_is_a_miss(
     run(data, other, tmp_path / "s", cache)
     assert forwards.taken() == BATCHES
     run(data, model, tmp_path / "s", cache, "bf16")
-    assert forwards.taken() == BATCHES
+    assert forwards.taken() == BATCHES, "those at fp32, to compare verdicts with, are there"
     predict(data, "test", model, tmp_path / "s", 6, cache_dir=cache)
     assert forwards.taken() == 3
 
@@ -154,6 +158,63 @@ def test_one_rank_two_and_one_again_share_a_cache(own: Path, model: Path, tmp_pa
     assert run(own, model, submit, cache) == two
     assert forwards.taken() == 0
     assert run(own, model, tmp_path / "plain", None) == two
+
+
+def test_a_slow_disk_is_not_waited_for_between_batches(
+    data: Path, model: Path, tmp_path: Path, forwards: Forwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write ends only when all batches are computed; files come in the order of the batches all the same."""
+    plain, is_computed, order, save = run(data, model, tmp_path / "plain", None), Event(), [], Cache.save
+    forwards.taken()
+
+    def slow(self: Cache, store: ItemStore, item_ids: Sequence[str], *rest: Any) -> None:
+        assert is_computed.wait(60) and current_thread() is not main_thread()
+        order.append(tuple(item_ids))
+        save(self, store, item_ids, *rest)
+
+    def shown(_: object, count: float) -> None:
+        if forwards.count == BATCHES:
+            is_computed.set()
+
+    monkeypatch.setattr(Cache, "save", slow)
+    monkeypatch.setattr("tongkuan.encode.encode.tqdm.update", shown)
+    assert run(data, model, tmp_path / "s", tmp_path / "cache") == plain
+    assert len(order) == BATCHES == len(list((tmp_path / "cache").iterdir()))
+    batches = order.copy()
+    order.clear()
+    run(data, model, tmp_path / "s", tmp_path / "other")
+    assert order == batches
+
+
+@pytest.mark.parametrize("most", [1, 16])
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr("tongkuan.encode.encode.WRITES_WAITING", most)
+    monkeypatch.setattr("tongkuan.base.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left") as caught:
+        run(data, model, tmp_path / "s", tmp_path / "cache")
+    line = describe(caught.value, "predict")
+    assert line.startswith(str(tmp_path / "cache")) and "make room" in line and "\n" not in line
+    assert not list((tmp_path / "cache").iterdir()) and not list((tmp_path / "s").glob("*"))
+
+
+def test_no_more_than_some_writes_wait_and_their_errors_come_out() -> None:
+    done: list[int] = []
+    go = Event()
+    with background(2) as later:
+        later(lambda: go.wait(60))
+        later(lambda: done.append(1))
+        Timer(0.05, go.set).start()
+        later(lambda: done.append(2))  # waits for the first
+        assert go.is_set()
+    assert done == [1, 2]
+    with pytest.raises(RuntimeError, match="a fault"), background(2) as later:
+        later(lambda: done.append(3))
+        raise RuntimeError("a fault")
+    assert done[-1] == 3, "what was handed over is done"
+    with pytest.raises(ZeroDivisionError), background(2) as later:
+        later(lambda: 1 / 0)
 
 
 def test_a_damaged_file_is_computed_again(data: Path, model: Path, tmp_path: Path, forwards: Forwards) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import orjson
 import pytest
 from browsers import assert_accessible, assert_quiet, emulate, opened
+from commands import ok, run_verb
 from report_worlds import CLOSING, IMAGE, SCRIPT
 from worlds import make_data, read_jsonl, tiny_settings, write_jsonl
 
@@ -111,6 +112,14 @@ def test_the_precision_asked_for_is_that_of_the_page(data: Path, model: Path, tm
         main(["explain", *words(data, model, tmp_path / f"{precision}.html", "--precision", precision)])
         pages.append((tmp_path / f"{precision}.html").read_text(encoding="utf-8"))
     assert all(f"<dd>{precision}</dd>" in page for precision, page in zip(("fp32", "bf16"), pages, strict=True))
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_page_of_one(data: Path, model: Path, tmp_path: Path) -> None:
+    for count in (1, 2):
+        out = ok(run_verb("explain", *words(data, model, tmp_path / f"{count}.html"), "--nproc", count))
+        assert out.count("next: open it in a browser") == 1
+    assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
 
 
 def test_a_patch_is_grey_where_it_covers_and_the_patches_cover_all(data: Path) -> None:

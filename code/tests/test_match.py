@@ -20,12 +20,14 @@ from tongkuan.match.candidates import (
     exact_neighbours,
     index_neighbours,
     local_means,
+    nearest,
     recall_of,
     unit_rows,
 )
 from tongkuan.match.groups import facts, group
-from tongkuan.match.options import Grouping
+from tongkuan.match.options import Engine, Grouping, Options
 from tongkuan.match.scores import all_pairs, candidate_pairs, exact_cosines, exact_scores
+from tongkuan.match.search import FEW, plan_search
 from tongkuan.match.threshold import Labelled, from_labels, from_sample, warning
 from tongkuan.model.towers import pair_scores
 
@@ -52,6 +54,18 @@ def test_of_equal_cosines_the_lower_row_comes_first_and_a_listing_is_never_its_o
     found = exact_neighbours(embeddings, np.arange(12, dtype=np.int32), 2)
     wanted = [[other for other in range(row % 4, 12, 4) if other != row] for row in range(12)]
     assert found.rows.tolist() == wanted
+
+
+@given(st.lists(st.floats(-1, 1, width=32, allow_subnormal=False) | st.sampled_from([0.0, -0.0, 0.5]), max_size=12))
+def test_what_was_found_is_sorted_by_cosine_and_row_with_nothing_last(cosines: list[float]) -> None:
+    """In whatever order it was found; a place without a row and the listing itself, 3, count as nothing."""
+    rows = [number * 7 % 12 - 1 for number in range(len(cosines))]
+    found = nearest(np.array([cosines], np.float32), np.array([rows], np.int32), np.array([3], np.int32), 5)
+    wanted = sorted((-cosine, row) for cosine, row in zip(cosines, rows, strict=True) if row not in (-1, 3))[:5]
+    wanted += [(np.inf, -1)] * (min(len(cosines), 5) - len(wanted))
+    assert found.rows[0].tolist() == [row for _, row in wanted]
+    assert found.cosines[0].tolist() == [-cosine for cosine, _ in wanted]
+    assert not np.signbit(found.cosines[found.cosines == 0]).any(), "one zero, whatever it came as"
 
 
 def test_fewer_listings_than_asked_for_leave_places_empty() -> None:
@@ -116,6 +130,17 @@ def test_an_index_is_the_same_when_built_again_and_on_any_number_of_cores(monkey
         neighbours = index_neighbours(embeddings, build_index(embeddings, 10, 0.9), rows, 10)
         found.append((neighbours.cosines.tobytes(), neighbours.rows.tobytes()))
     assert found[0] == found[1]
+
+
+def test_ten_times_the_listings_are_planned_to_take_an_index_10_to_14_times_as_long_and_an_exact_search_100() -> None:
+    def seconds(count: int, engine: Engine) -> float:
+        return plan_search(Options(engine=engine), np.zeros(count, np.int64), 256).seconds
+
+    assert 10 < seconds(1_000_000, "faiss") / seconds(100_000, "faiss") < 14
+    assert seconds(1_000_000, "exact") / seconds(100_000, "exact") == pytest.approx(100)
+    assert seconds(1_000_000, "auto") == seconds(1_000_000, "faiss")
+    few = np.repeat(np.arange(2), FEW - 1)
+    assert plan_search(Options(engine="faiss"), few, 256).seconds < seconds(2 * FEW - 2, "exact")
 
 
 def test_a_search_leaves_torch_its_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

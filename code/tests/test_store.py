@@ -65,6 +65,18 @@ def test_lengths_are_read_without_holding_all_tokens(tmp_path: Path, monkeypatch
     assert torch.equal(torch.cat(widths), torch.cat(widths).sort().values), "like lengths stand together"
 
 
+def test_a_batch_without_padding_has_no_mask_to_attend_to(tmp_path: Path) -> None:
+    store = text_store(tmp_path, 40, cache_mb=0)
+    lengths = dict(zip(store.items, store.lengths(list(store.items)), strict=True))
+    short, long = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
+    assert lengths[short] < lengths[long]
+    for batch, is_padded in ((store.batch([short, short]), False), (store.batch([short, long]), True)):
+        moved = batch.to(torch.device("cpu"))
+        assert [each.attended is None for each in (batch, moved)] == [not is_padded] * 2
+        assert bool(batch.mask.all()) is not is_padded
+        assert moved.attended is None or torch.equal(moved.attended, batch.mask)
+
+
 @pytest.mark.parametrize("cache_mb", [1, 1024])
 def test_the_limit_changes_no_batch(data: Path, tmp_path: Path, cache_mb: int) -> None:
     items = read_items(item_file(data, "train"))

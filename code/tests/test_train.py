@@ -16,6 +16,7 @@ from worlds import tiny_preset, tiny_settings
 from tongkuan.base.errors import FailureError, UserError
 from tongkuan.learn.batches import BatchSampler, Part, parts
 from tongkuan.learn.dataloader import Loaded, load_task
+from tongkuan.learn.run import read_state
 from tongkuan.learn.step import TrainStep, learning_rate_at
 from tongkuan.learn.train import train
 from tongkuan.model.towers import build
@@ -127,6 +128,19 @@ def test_a_rank_has_as_many_threads_as_asked(data: Path, tmp_path: Path, monkeyp
     finally:
         torch.set_num_threads(before)
     assert seen == [3]
+
+
+def test_a_state_is_the_same_in_memory_and_mapped(data: Path, tmp_path: Path) -> None:
+    """As it is read for a GPU."""
+    train(tiny_settings(tmp_path), data, tmp_path / "run", tmp_path / "model.safetensors")
+    last = tmp_path / "run" / "last.pt"
+    plain, mapped = read_state(last), read_state(last, is_mapped=True)
+    assert plain is not None and mapped is not None and plain["step"] == mapped["step"] == 6
+    assert all(torch.equal(tensor, mapped["model"][name]) for name, tensor in plain["model"].items())
+    moments = (state["optimizer"]["state"][0]["exp_avg"] for state in (plain, mapped))
+    assert torch.equal(*moments)
+    last.write_bytes(last.read_bytes()[:-100])
+    assert read_state(last, is_mapped=True) is None
 
 
 def test_parts_change_memory_not_the_result(data: Path, tmp_path: Path) -> None:

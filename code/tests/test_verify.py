@@ -41,6 +41,17 @@ def test_a_result_is_rebuilt_to_the_byte_elsewhere_under_another_hash_seed(
     assert {path.name: path.read_bytes() for path in submit.iterdir()} == before
 
 
+@pytest.mark.slow
+def test_two_ranks_rebuild_what_one_has_made(world: tuple[Path, Path, Path]) -> None:
+    submit, data, model = world
+    words = ("verify", "--submit", submit, "--data", data, "--model", model, "--nproc", 2)
+    out = ok(run_verb(*words))
+    assert out.count("rebuilt to the byte") == out.count("next: ") == 1
+    other_picture(submit, data, model)
+    done = run_verb(*words)
+    assert done.returncode == 2 and "images_sha256 was" in done.stderr and done.stderr.count("tongkuan: ") == 1
+
+
 def other_picture(submit: Path, data: Path, model: Path) -> None:
     pixels = np.random.default_rng(5).integers(0, 255, (16, 16, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(data / "images" / "test-0-0.png")

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tongkuan.base.machine import available_cores
-from tongkuan.encode.encode import Embeddings, batch_size, distinct_items, encode, prepare, slow_precision
+from tongkuan.encode.encode import Embeddings, batch_size, distinct_items, encode, lanes_of, prepare, slow_precision
 from tongkuan.encode.inference import open_inference, read_no_pairs
 from tongkuan.encode.store import ItemStore
 from tongkuan.learn.batches import BatchSampler
@@ -41,7 +40,7 @@ PROBE_BATCHES = 5  # a core or a GPU
 def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
     """Print what `train` with these settings would do. UserError as train's."""
     options = settings.train
-    with open_training(settings, data_dir) as (task, model, ranks):
+    with open_training(settings, data_dir) as (settings, task, model, ranks):
         step = TrainStep(model, settings, ranks)
         run = Run(run_dir, settings, ranks)
         fits = run.is_new and isinstance(model, OneTower)
@@ -50,7 +49,7 @@ def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
         described = distinct_items(task.train_pairs) if fits or reuses else []
         step_seconds = probe_steps(step, load_probe(task, model, settings, ranks, done), done, ranks)
         item_ids = distinct_items(task.valid_pairs)
-        _, item_seconds = probe_items(model, task.valid_store, item_ids, settings.data, ranks, options.precision)
+        _, item_seconds = probe_items(model, task.valid_store, item_ids, settings.data, ranks, step.precision)
     if not ranks.is_first:
         return
     left = options.steps - done
@@ -81,13 +80,13 @@ def dry_run_training(settings: Settings, data_dir: Path, run_dir: Path) -> None:
 
 
 def dry_run_prediction(
-    data_dir: Path, split: str, model_path: Path, encode_batch: int | None, precision: Precision
+    data_dir: Path, split: str, model_path: Path, encode_batch: int | None, precision: Precision | None
 ) -> None:
     """Print what `predict` would do. UserError as predict's."""
     with open_inference(data_dir, split, model_path, precision, encode_batch) as run:
         pairs, card, item_ids = run.pairs, run.card, run.item_ids
-        prepare(run.model, run.ranks.device, precision)
-        embeddings, item_seconds = probe_items(run.model, run.store, item_ids, run.settings, run.ranks, precision)
+        prepare(run.model, run.ranks.device, run.precision)
+        embeddings, item_seconds = probe_items(run.model, run.store, item_ids, run.settings, run.ranks, run.precision)
     if not run.ranks.is_first:
         return
     text = float(np.mean([len(format_embedding(numbers)) for numbers in embeddings.values()]))
@@ -102,7 +101,7 @@ def dry_run_prediction(
         f"of {len(embeddings)} items",
         f"result: {len(pairs):,} rows, {tqdm.format_sizeof(size, 'B')}",
     ]
-    print("\n".join([*lines, *filter(None, [slow_precision(run.ranks.device, precision)]), NEXT]))
+    print("\n".join([*lines, *filter(None, [slow_precision(run.ranks.device, run.precision)]), NEXT]))
 
 
 def dry_run_matching(
@@ -111,8 +110,8 @@ def dry_run_matching(
     """Print what `match run` would do. UserError as its."""
     with open_inference(data_dir, split, model_path, precision, encode_batch, read=read_no_pairs) as run:
         item_ids, width = list(run.items), 2 * run.card.settings.embedding_size
-        prepare(run.model, run.ranks.device, precision)
-        _, item_seconds = probe_items(run.model, run.store, item_ids, run.settings, run.ranks, precision)
+        prepare(run.model, run.ranks.device, run.precision)
+        _, item_seconds = probe_items(run.model, run.store, item_ids, run.settings, run.ranks, run.precision)
     if not run.ranks.is_first:
         return
     count = len(item_ids)
@@ -127,7 +126,7 @@ def dry_run_matching(
         f"{describe_peak(run.ranks.device)} in the probe, {mebibytes(plan.memory)} more for embeddings and neighbours",
         f"disk: {tqdm.format_sizeof(plan.disk, 'B')} and the pairs",
     ]
-    print("\n".join([*lines, *filter(None, [slow_precision(run.ranks.device, precision)]), NEXT]))
+    print("\n".join([*lines, *filter(None, [slow_precision(run.ranks.device, run.precision)]), NEXT]))
 
 
 def describe_pairs(split: str, pairs: Sequence[Pair], store: ItemStore) -> str:
@@ -187,8 +186,7 @@ def probe_items(
     precision: Precision,
 ) -> tuple[dict[str, Embeddings], float]:
     """Embeddings of items from all over, and the seconds that an item took, reading it included."""
-    lanes = 1 if ranks.device.type == "cuda" else available_cores()
-    size = batch_size(settings, store.settings, ranks.device) * lanes * ranks.world_size
+    size = batch_size(settings, store.settings, ranks.device) * max(1, lanes_of(ranks)) * ranks.world_size
     chosen = list(item_ids[:: max(1, len(item_ids) // (PROBE_BATCHES * size))])[: PROBE_BATCHES * size]
     model.eval()
     encode(model, store, chosen[-size:], settings, ranks, precision, "warm up")
@@ -203,8 +201,11 @@ def quiet(ranks: Ranks) -> bool | None:
 
 
 def describe_peak(device: torch.device) -> str:
-    """The most memory that this process has had."""
-    return f"memory of a rank in MiB: {mebibytes(peak_bytes(device))} at its peak"
+    """The most memory that this process has had, and of a GPU what there is for it: others may hold some."""
+    free = ""
+    if device.type == "cuda":
+        free = f", {mebibytes(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))} are free for it"
+    return f"memory of a rank in MiB: {mebibytes(peak_bytes(device))} at its peak{free}"
 
 
 def mebibytes(size: int) -> str:

@@ -14,7 +14,7 @@ from tongkuan.records.attributes import TEN_KEYS, AttributeStyle
 
 ONE_TOWER_CONSTANTS = 2  # numbers of q that are no part's
 ONE_TOWER_PRESENCES = 10  # numbers of p at most that are no key's
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Inputs = Literal["both", "text", "image"]
 Towers = Literal["two", "shared", "one"]
 Scalar = bool | int | float | str
@@ -174,8 +174,9 @@ class TrainSettings(Section):
     """Pairs a step, over all ranks and accumulated parts: the global batch."""
     accumulate: Size = 1
     """Parts that a rank's share of the batch is run in, one after another."""
-    precision: Precision = "fp32"
-    """Arithmetic of the encoders; weights and loss stay fp32. fp16 is for GPUs: a CPU takes ten times as long."""
+    precision: Precision | None = None
+    """Arithmetic of the encoders; weights, heads and loss stay fp32. Empty: bf16 on a GPU that multiplies it, else
+    fp32. tf32 and fp16 are for GPUs: a CPU computes tf32 as fp32, and fp16 ten times slower."""
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     threads: Threads | None = None

@@ -89,23 +89,27 @@ def processor_of(device: "torch.device") -> str:
 
 
 def multiplies(precision: str, device: "torch.device") -> bool:
-    """Whether matrices of `precision` ("fp32", "bf16", "fp16") are multiplied by instructions made for them.
+    """Whether matrices of `precision` ("fp32", "tf32", "bf16", "fp16") are multiplied by instructions made for them.
 
-    A CPU without them gets there number by number: a hundred times slower than fp32.
+    A CPU without them gets there number by number: a hundred times slower than fp32. GPUs have had bf16 and TF32 since
+    Ampere, and fp16 for longer.
     """
-    if precision == "fp32" or device.type != "cpu":
+    if precision == "fp32":
         return True
     import torch
 
+    if device.type == "cuda":
+        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in HALF_INSTRUCTIONS[precision])
+    return any(capabilities.get(name) for name in HALF_INSTRUCTIONS.get(precision, ()))
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(device: "torch.device | None" = None) -> None:
     """Let this process keep what it frees for its next tensors.
 
     By default glibc gives tensors of megabytes back to the system at once and has every page of the next ones zeroed
     anew: a tenth of the time of an encoder on a CPU, 40 % of that of preparing pictures. Without glibc nothing changes.
+    Where `device` is a GPU, threads that decode keep arenas of their own: they would wait for the one that launches.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -113,7 +117,8 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_ARENA_MAX, 1)  # threads' own arenas are too small for tensors and give them back all the same
+    if device is None or device.type == "cpu":
+        mallopt(M_ARENA_MAX, 1)  # threads' own arenas are too small for tensors and give them back all the same
 
 
 if __name__ == "__main__":  # for shells

@@ -44,7 +44,7 @@ CATALOGUE_VERBS = {
             opt.PARTITION_SIZE,
             opt.PARTITIONS,
             opt.RAY,
-            opt.PRECISION,
+            opt.PRECISION.but("of the encoders", default="fp32"),
             opt.ENCODE_BATCH,
             opt.NPROC,
             opt.DRY_RUN,

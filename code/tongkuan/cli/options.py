@@ -143,7 +143,12 @@ OVERRIDES = Option("", "overrides", "section.key=value", "such as train.steps=50
 PRODUCTS = Option("--products", "products", "N", "how many", 1500, Whole(24, 100_000))
 THRESHOLD = Option("--threshold", "threshold", "T", "instead of the model's own", type=Real())
 PRECISION = Option(
-    "--precision", "precision", None, "of the encoders", "fp32", str, {"choices": ("fp32", "bf16", "fp16")}
+    "--precision",
+    "precision",
+    None,
+    "of the encoders (default: bf16 on a GPU that multiplies it, else fp32)",
+    type=str,
+    more={"choices": ("fp32", "tf32", "bf16", "fp16")},
 )
 ENCODE_BATCH = Option(
     "--encode-batch", "encode_batch", "N", "items a batch (default: by device and picture)", type=Whole(1, 65_536)

@@ -154,8 +154,9 @@ VERBS = {
     "verify": Verb(
         "predict again from manifest.json and compare to the byte",
         f"verify {DEMO_DATA} {DEMO_MODEL} {SUBMITTED}",
-        (opt.SUBMIT, opt.DATA, opt.MODEL),
+        (opt.SUBMIT, opt.DATA, opt.MODEL, opt.NPROC),
         "tongkuan.result.verify:verify",
+        has_ranks=True,
     ),
     "check": Verb(
         "hold a result against the judges' contract",
@@ -202,10 +203,12 @@ VERBS = {
             opt.THRESHOLD,
             opt.PRECISION,
             opt.GRID,
+            opt.NPROC,
             opt.OUT.but(default=Path("submit/explain.html")),
         ),
         "tongkuan.report.explain:explain",
         outputs=("out",),
+        has_ranks=True,
     ),
     **CATALOGUE_VERBS,
     "demo": Verb(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tongkuan.base.files import publish, sha256_of
 from tongkuan.base.machine import processor_of
-from tongkuan.encode.store import Batch, ItemStore
+from tongkuan.encode.store import ItemStore
 from tongkuan.settings import Precision
 
 # Packages that decide the bits of an embedding.
@@ -32,6 +32,7 @@ VERSIONED = ("torch", "timm", "transformers", "tokenizers", "numpy", "pillow")
 RESIZER = "cykooz-resizer"  # of pictures put by hand
 # Ours that do, between tokens and picture files on one side and embeddings on the other, and this file's format.
 SOURCES = (
+    "ranks/arithmetic",
     "encode/cache",
     "encode/encode",
     "encode/store",
@@ -84,10 +85,16 @@ class Cache:
         }
         return np.frombuffer(body, "<f4", offset=count).reshape(count, size).astype(np.float32)
 
-    def save(self, store: ItemStore, item_ids: Sequence[str], batch: Batch, embeddings: NDArray[np.float32]) -> None:
+    def save(
+        self,
+        store: ItemStore,
+        item_ids: Sequence[str],
+        has_image: NDArray[np.bool_],
+        embeddings: NDArray[np.float32],
+    ) -> None:
         """Keep a batch: a checksum, one byte an item (whether it has a picture), then the numbers row by row."""
         key = self.key(store, item_ids)
-        body = batch.has_image.cpu().numpy().astype(np.uint8).tobytes() + embeddings.astype("<f4").tobytes()
+        body = has_image.astype(np.uint8).tobytes() + embeddings.astype("<f4").tobytes()
         with publish(self.folder / key) as file:
             file.write(checksum(key, body) + body)
 

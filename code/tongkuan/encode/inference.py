@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tongkuan.base.files import check_writable
 from tongkuan.encode.cache import Cache, open_cache
-from tongkuan.encode.encode import Embeddings, distinct_items, encode, prepare
+from tongkuan.encode.encode import Embeddings, chosen_precision, distinct_items, encode, prepare
 from tongkuan.encode.store import ItemStore, open_store
 from tongkuan.model.modelfile import ModelCard, load_model
 from tongkuan.model.trunk import ItemModel
@@ -49,6 +49,7 @@ class Inference:
     store: ItemStore
     ranks: Ranks
     precision: Precision
+    """As asked, or as the device has it."""
     settings: DataSettings
     cache_dir: Path | None
     caches: dict[Precision, Cache | None] = field(default_factory=dict)
@@ -82,7 +83,7 @@ def open_inference(
     data_dir: Path,
     split: str,
     model_path: Path,
-    precision: Precision,
+    precision: Precision | None,
     encode_batch: int | None = None,
     cache_dir: Path | None = None,
     read: PairReader = read_any_pairs,
@@ -102,4 +103,5 @@ def open_inference(
     files = {"model": model_path, "items": items_path, "pairs": pairs_path}
     settings = DataSettings(encode_batch=encode_batch)
     with join_ranks() as ranks:
-        yield Inference(files, model, card, items, pairs, store, ranks, precision, settings, cache_dir)
+        chosen = chosen_precision(precision, ranks)
+        yield Inference(files, model, card, items, pairs, store, ranks, chosen, settings, cache_dir)

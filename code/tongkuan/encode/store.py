@@ -3,8 +3,9 @@
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -46,6 +47,13 @@ class Batch:
     mask: Tensor
     words: tuple[Tensor, ...] = field(default=(), kw_only=True)
     """What `padded_words` makes, for a model that reads it."""
+    is_padded: bool = field(default=True, kw_only=True)
+    """Whether the mask has a 0: known on the host, which would have to wait for a GPU to see it there."""
+
+    @property
+    def attended(self) -> Tensor | None:
+        """The mask, or None where no text is padded."""
+        return self.mask if self.is_padded else None
 
     def pin(self) -> "Batch":
         """The same batch in memory that a GPU reads by itself, while the CPU does other things."""
@@ -58,7 +66,7 @@ class Batch:
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor changed."""
         tensors = map(change, (self.images, self.has_image, self.ids, self.mask))
-        return Batch(*tensors, words=tuple(map(change, self.words)))
+        return Batch(*tensors, words=tuple(map(change, self.words)), is_padded=self.is_padded)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,12 +188,10 @@ class ItemStore:
     def batch(self, item_ids: Sequence[str]) -> Batch:
         """Tensors of the items in this order, texts padded to the longest."""
         size = self.settings.image.size if self.settings.inputs != "text" else 1
-        read = (
-            *stacked_pictures([self.image(item_id) for item_id in item_ids], size),
-            *padded_tokens(self.tokens(item_ids), self._padding),
-        )
+        ids, mask = padded_tokens(self.tokens(item_ids), self._padding)
+        read = (*stacked_pictures([self.image(item_id) for item_id in item_ids], size), ids, mask)
         words = padded_words([self.words(item_id) for item_id in item_ids]) if self.reads_words else ()
-        return Batch(*map(torch.from_numpy, read), words=words)
+        return Batch(*map(torch.from_numpy, read), words=words, is_padded=not mask.all())
 
     @property
     def reads_words(self) -> bool:
@@ -241,3 +247,23 @@ def prefetch(jobs: Iterable[T], work: Callable[[T], U], workers: int) -> Generat
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def background(most: int) -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Hand over what is to be done in a thread of its own, in the order given; more than `most` at once wait.
+
+    What was handed over is done at the end, also after an error inside. An error of its own is raised at one of the
+    next calls, or at the end.
+    """
+    waiting: deque[Future[object]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="background") as pool:
+
+        def later(work: Callable[[], object]) -> None:
+            while waiting and (len(waiting) >= most or waiting[0].done()):
+                waiting.popleft().result()
+            waiting.append(pool.submit(work))
+
+        yield later
+        while waiting:
+            waiting.popleft().result()

@@ -26,7 +26,7 @@ def augment(
     its part is padded (T is max_tokens at most), nor on whether the run was interrupted.
     """
     draws = np.random.default_rng((seed, step, 1)).random((batch, 8), dtype=np.float32)[list(rows)]
-    chance = torch.from_numpy(draws).to(images.device)
+    chance = torch.from_numpy(draws).to(images.device, non_blocking=True)
     if settings.crop or settings.flip:
         scale = 1 - settings.crop * chance[:, 0:2]
         shift = (1 - scale) * (2 * chance[:, 2:4] - 1)
@@ -43,6 +43,6 @@ def augment(
     if settings.drop_text:
         draws = np.random.default_rng((seed, step, 2)).random((batch, max_tokens - 1), dtype=np.float32)
         keep = draws[list(rows), : mask.shape[1] - 1] >= settings.drop_text
-        kept = torch.from_numpy(keep).to(mask.device)
+        kept = torch.from_numpy(keep).to(mask.device, non_blocking=True)
         mask = torch.cat([mask[:, :1], mask[:, 1:] * kept], dim=1)  # [CLS] stays: its output is the text
     return images, mask

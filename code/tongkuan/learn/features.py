@@ -25,7 +25,7 @@ class RawFeatures(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, *_words: Tensor) -> Tensor:
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor | None, *_words: Tensor) -> Tensor:
         """float (N, all parts' raw widths)."""
         return torch.cat([*self.model.raw(images, ids, mask).values()], dim=1)
 
@@ -38,8 +38,8 @@ class Joining(nn.Module):
         self.model = model
 
     def forward(self, raw: Mapping[str, Tensor], *words: Tensor) -> Tensor:
-        """As ItemModel.joined."""
-        return self.model.joined(raw, *words)
+        """As ItemModel.join."""
+        return self.model.join(raw, *words)
 
 
 def features_of(

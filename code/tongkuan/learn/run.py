@@ -39,7 +39,7 @@ class Run:
         damaged: list[Path] = []
         for path in (self.last, self.previous):
             if path.exists():
-                if (state := read_state(path)) is not None:
+                if (state := read_state(path, self.ranks.device.type == "cuda")) is not None:
                     if damaged:
                         print(f"{damaged[0]}: damaged; going on from {path}, step {state['step']}")
                     return state
@@ -136,13 +136,16 @@ class Run:
             self._board.close()
 
 
-def read_state(path: Path) -> dict[str, Any] | None:
-    """What `Run.save` wrote, None when a byte of it is not as written; nothing in it is executed."""
+def read_state(path: Path, is_mapped: bool = False) -> dict[str, Any] | None:
+    """What `Run.save` wrote, None when a byte of it is not as written; nothing in it is executed.
+
+    `is_mapped`: its tensors stay in the file until they are copied, to a GPU. On a CPU the optimiser would keep those.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # as torch.save writes them, a checksum for every tensor
             if archive.testzip() is not None:
                 return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError):
         return None
     return state if isinstance(state, dict) and state.keys() >= STATE else None

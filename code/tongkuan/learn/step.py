@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tongkuan.encode.encode import autocast
+from tongkuan.encode.encode import autocast, chosen_precision
 from tongkuan.encode.store import Batch, normalised
 from tongkuan.learn.augment import augment
 from tongkuan.learn.batches import Part
@@ -19,6 +19,7 @@ from tongkuan.learn.features import FeatureBatch, Joining
 from tongkuan.model.blocks import numbered
 from tongkuan.model.towers import pair_logits
 from tongkuan.model.trunk import ItemModel, Kind
+from tongkuan.ranks.arithmetic import tf32
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import Augmentation, Settings, TrainSettings
 
@@ -60,7 +61,8 @@ class TrainStep:
     def __init__(self, model: ItemModel, settings: Settings, ranks: Ranks) -> None:
         self.model, self.settings, self.device = model, settings, ranks.device
         self.optimizer = make_optimizer(model, settings.train)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.train.precision == "fp16")
+        self.precision = chosen_precision(settings.train.precision, ranks)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.wrapped: nn.Module = Joining(model) if settings.train.reuses_features else model
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
         """Since when steps are counted, seconds that they have stood still for their input, and how many they are."""
@@ -78,7 +80,7 @@ class TrainStep:
             self.waited += time.perf_counter() - started
             with gradient_exchange(self.wrapped, is_last=number == options.accumulate - 1):
                 loss = self.part_loss(part, batch.to(self.device), labels) / options.accumulate
-                self.scaler.scale(loss).backward()
+                self.backward(self.scaler.scale(loss))
             mean_loss += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
@@ -112,10 +114,15 @@ class TrainStep:
         part, batch, labels = loaded
         buffers = [buffer.clone() for buffer in self.model.buffers()]  # running means of a batch norm
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            self.part_loss(part, batch.to(self.device), labels).backward()
+            self.backward(self.part_loss(part, batch.to(self.device), labels))
         with torch.no_grad():
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, by products of the precision of the forward; autocast is no part of a backward."""
+        with tf32(self.precision == "tf32" and self.device.type == "cuda"):
+            loss.backward()
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -135,15 +142,15 @@ class TrainStep:
         self.started, self.waited, self.steps = now, 0.0, 0
         return speed, wait
 
-    def inputs(self, part: Part, batch: Batch | FeatureBatch) -> tuple[Tensor | Mapping[str, Tensor], ...]:
+    def inputs(self, part: Part, batch: Batch | FeatureBatch) -> tuple[Tensor | Mapping[str, Tensor] | None, ...]:
         """What the (wrapped) model is called with."""
         if isinstance(batch, FeatureBatch):
             return batch.raw, *batch.words
         options, model = self.settings.train, self.settings.model
-        images, mask = normalised(batch, model.image), batch.mask
+        images, mask = normalised(batch, model.image), batch.attended
         if options.augmentation != Augmentation():  # its draws are made on the host
             place = (options.seed, part.step, part.rows, 2 * options.pairs, model.text.max_tokens)
-            images, mask = augment(images, mask, options.augmentation, *place)
+            images, mask = augment(images, batch.mask, options.augmentation, *place)
         return images, batch.ids, mask, *batch.words
 
     def part_loss(self, part: Part, batch: Batch | FeatureBatch, labels: Tensor) -> Tensor:
@@ -154,7 +161,7 @@ class TrainStep:
             torch.as_tensor(numbers).to(self.device, non_blocking=True) for numbers in (part.left, part.right, labels)
         )
         inputs = self.inputs(part, batch)
-        with autocast(self.device, options.precision):
+        with autocast(self.device, self.precision):
             embeddings = self.wrapped(*inputs)  # (items, 2D)
         embeddings = embeddings.float()
         loss = nn.functional.cross_entropy(pair_logits(embeddings[left], embeddings[right]), classes)

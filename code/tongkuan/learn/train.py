@@ -20,7 +20,15 @@ from tongkuan.base.errors import FailureError, UserError, clip, entrypoint
 from tongkuan.base.files import check_target, check_writable, publish
 from tongkuan.base.machine import keep_freed_memory
 from tongkuan.base.metrics import average_precision, best_threshold, quality_at
-from tongkuan.encode.encode import batch_size, distinct_items, encode, length_batches, one_thread_each, scores_of
+from tongkuan.encode.encode import (
+    batch_size,
+    chosen_precision,
+    distinct_items,
+    encode,
+    length_batches,
+    one_thread_each,
+    scores_of,
+)
 from tongkuan.encode.store import ItemStore, normalised
 from tongkuan.learn.batches import BatchSampler
 from tongkuan.learn.dataloader import Task, facts_of, load_parts, load_task
@@ -46,7 +54,7 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
     """Train to settings.train.steps, resuming what `run_dir` holds, and publish the best model at `model_path`."""
     check_writable(run_dir)
     check_target(model_path)
-    with open_training(settings, data_dir) as (task, model, ranks):
+    with open_training(settings, data_dir) as (settings, task, model, ranks):
         trainer = Trainer(settings, task, model, ranks, Run(run_dir, settings, ranks))
         trainer.fit()
         if not ranks.is_first:
@@ -63,12 +71,16 @@ def train(settings: Settings, data_dir: Path, run_dir: Path, model_path: Path) -
 
 
 @contextmanager
-def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Task, ItemModel, Ranks]]:
-    """What there is to learn, and the network before its first step on this rank's device."""
+def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Settings, Task, ItemModel, Ranks]]:
+    """The settings with the precision chosen, what there is to learn, and the network before its first step."""
     task, options = load_task(settings, data_dir), settings.train
     with join_ranks() as ranks:
         check_batch(options, ranks)
         check_same(facts_of(task, settings), ranks)
+        chosen = chosen_precision(options.precision, ranks)
+        if options.precision is None and chosen != "fp32" and ranks.is_first:
+            print(f"train.precision={chosen}, which the GPU multiplies; evaluate says what it costs", flush=True)
+        options = options.model_copy(update={"precision": chosen})
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
@@ -76,7 +88,7 @@ def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Task, It
         freeze(model, options)
         if options.checkpoint_activations:
             checkpoint_activations(model)
-        yield task, model, ranks
+        yield settings.model_copy(update={"train": options}), task, model, ranks
 
 
 def check_batch(settings: TrainSettings, ranks: Ranks) -> None:
@@ -102,7 +114,7 @@ class Trainer:
         is_new = run.is_new
         raw = self.start() if is_new else None
         torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs from rank to rank
-        keep_freed_memory()
+        keep_freed_memory(ranks.device)
         step = TrainStep(self.model, self.settings, ranks)
         if ranks.is_first and (lines := [*self.task.notes, *self.task.train_store.coverage()]):
             print("\n".join(lines), flush=True)
@@ -198,7 +210,7 @@ class Trainer:
         Pairs of one label choose nothing: any F1 there is reached by calling all pairs alike. The newest model is kept.
         """
         task, settings, run = self.task, self.settings, self.run
-        item_ids, precision = distinct_items(task.valid_pairs), self.options.precision
+        item_ids, precision = distinct_items(task.valid_pairs), chosen_precision(self.options.precision, self.ranks)
         self.model.eval()
         embeddings = encode(self.model, task.valid_store, item_ids, settings.data, self.ranks, precision, "validate")
         self.model.train()
@@ -261,5 +273,5 @@ class Trainer:
                 batch = self.task.train_store.batch(item_batch).to(self.ranks.device)
                 images = normalised(batch, self.settings.model.image)
                 for trunk, rows in found.items():
-                    rows.append(trunk.features(images, batch.ids, batch.mask).cpu())
+                    rows.append(trunk.features(images, batch.ids, batch.attended).cpu())
         return {trunk: torch.cat(rows) for trunk, rows in found.items()}

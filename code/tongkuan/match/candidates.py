@@ -28,7 +28,7 @@ SEED = 0
 SAMPLE = 500  # rows on which the recall of an index is measured
 QUERIES, BASE = 8192, 65_536  # rows of a block of queries and of what they are held against
 LISTS = 4  # times the square root of N, lists of an index: with one times, recall falls and the work grows
-FIRST_PROBES = 8  # lists that are looked into at first
+FIRST_PROBES, KEPT_PROBES = 8, 16  # lists that are looked into at first; that are known of each listing
 TRAINED_ON = 32  # rows a list
 ITERATIONS = 6  # of k-means
 CODED, CODE_BITS = 2, 4  # numbers of an embedding that share a code, and its bits
@@ -53,10 +53,14 @@ class Index:
     and is compared in registers (fast scan, Andre et al. 2015). What is nearest by codes is then looked at exactly.
     """
 
+    coarse: Any
+    """faiss.IndexFlatIP of the centres of the lists. Not typed: what faiss says of its types is of C++ in part."""
     lists: Any
-    """faiss.IndexIVFPQFastScan. Not typed: what faiss says of its types is of C++ in part."""
+    """faiss.IndexIVFPQFastScan, which needs `coarse` to live."""
     lengths: NDArray[np.float32]
     """(N,), of the embeddings; 1 of those of zeros."""
+    kept: Neighbours
+    """The lists (N, KEPT_PROBES or all) that are nearest to each listing. It lies in the first."""
     probes: int
     exact: int
     """How many, the nearest by their codes, are looked at exactly."""
@@ -130,7 +134,7 @@ def build_index(embeddings: Embeddings, k: int, recall: float, seed: int = SEED)
     num_lists = max(1, min(round(LISTS * math.sqrt(count)), count))
     coarse = faiss.IndexFlatIP(width)
     metric = faiss.METRIC_INNER_PRODUCT
-    lists = faiss.IndexIVFPQFastScan(coarse, width, num_lists, max(1, width // CODED), CODE_BITS, metric)
+    lists = faiss.IndexIVFPQ(coarse, width, num_lists, max(1, width // CODED), CODE_BITS, metric)
     lists.by_residual = False
     lists.cp.spherical, lists.cp.niter, lists.cp.seed = True, ITERATIONS, seed
     lists.cp.min_points_per_centroid, lists.cp.max_points_per_centroid = 1, TRAINED_ON
@@ -139,13 +143,18 @@ def build_index(embeddings: Embeddings, k: int, recall: float, seed: int = SEED)
     chosen = generator.choice(count, min(count, TRAINED_ON * num_lists), replace=False)
     with threads_of_faiss(1):  # training shares thousands of short loops out, and waits at the end of each
         lists.train(unit_rows(embeddings[np.sort(chosen)]))
+    rows = np.arange(count, dtype=np.int32)
+    width_kept = min(KEPT_PROBES, num_lists)
+    kept = joined(partial(nearest_lists, coarse, embeddings, probes=width_kept), rows, width_kept)
     lengths = np.empty(count, np.float32)
     with threads_of_faiss(available_cores()):
         for start in range(0, count, BASE):
-            rows = embeddings[start : start + BASE]
-            lengths[start : start + BASE] = np.linalg.norm(rows, axis=1)
-            lists.add(unit_rows(rows))
+            block = embeddings[start : start + BASE]
+            lengths[start : start + BASE] = np.linalg.norm(block, axis=1)
+            units, own = unit_rows(block), kept.rows[start : start + BASE, 0].astype(np.int64)
+            lists.add_core(len(block), faiss.swig_ptr(units), None, faiss.swig_ptr(own))
     lengths[lengths == 0] = 1
+    packed = faiss.IndexIVFPQFastScan(lists)
     sample = np.sort(generator.choice(count, min(count, SAMPLE), replace=False)).astype(np.int32)
     wanted = exact_neighbours(embeddings, sample, k)
 
@@ -154,12 +163,19 @@ def build_index(embeddings: Embeddings, k: int, recall: float, seed: int = SEED)
         return replace(index, recall=recall_of(search, *could_match(search, sample, wanted)))
 
     most = min(count, MOST_EXACT)
-    index = measured(Index(lists, lengths, min(FIRST_PROBES, num_lists), min(FIRST_EXACT, most), 0.0))
+    index = measured(Index(coarse, packed, lengths, kept, min(FIRST_PROBES, num_lists), min(FIRST_EXACT, most), 0.0))
     while index.recall < recall and (index.probes < num_lists or index.exact < most):
         wider = replace(index, probes=min(2 * index.probes, num_lists))
         deeper = replace(index, exact=min(2 * index.exact, most))
         index = max(measured(wider), measured(deeper), key=lambda each: each.recall)
     return index
+
+
+def nearest_lists(coarse: Any, embeddings: Embeddings, rows: Rows, probes: int) -> Neighbours:
+    """The lists (Q, probes) that are nearest to some rows, by what their centres are held in."""
+    with threads_of_faiss(1):
+        cosines, lists = coarse.search(unit_rows(embeddings[rows]), probes)
+    return Neighbours(cosines, lists.astype(np.int32))
 
 
 def index_neighbours(embeddings: Embeddings, index: Index, queries: Rows, k: int) -> Neighbours:
@@ -169,24 +185,21 @@ def index_neighbours(embeddings: Embeddings, index: Index, queries: Rows, k: int
     """
 
     @threads_of_faiss(1)
-    def nearest_lists(rows: Rows) -> Neighbours:
-        cosines, lists = index.lists.quantizer.search(unit_rows(embeddings[rows]), index.probes)
-        return Neighbours(cosines, lists.astype(np.int32))
-
-    @threads_of_faiss(1)
-    def search(places: Rows) -> Neighbours:
-        rows = queries[places]
+    def search(rows: Rows) -> Neighbours:
         units = unit_rows(embeddings[rows])
+        if index.probes <= index.kept.rows.shape[1]:
+            probed = Neighbours(index.kept.cosines[rows, : index.probes], index.kept.rows[rows, : index.probes])
+        else:
+            probed = nearest_lists(index.coarse, embeddings, rows, index.probes)
         wide = max(index.exact, k + 1)
-        _, found = index.lists.search_preassigned(units, wide, probed.rows[places], probed.cosines[places])
+        _, found = index.lists.search_preassigned(units, wide, probed.rows, probed.cosines)
         return nearest(
             products_by_row(units, embeddings, found) / index.lengths[found], found.astype(np.int32), rows, k
         )
 
     index.lists.nprobe = index.probes
-    probed = joined(nearest_lists, queries, index.probes)
-    order = np.argsort(probed.rows[:, 0], kind="stable").astype(np.int32)
-    found, back = joined(search, order, k), np.argsort(order)
+    order = np.argsort(index.kept.rows[queries, 0], kind="stable")
+    found, back = joined(search, queries[order], k), np.argsort(order)
     return Neighbours(found.cosines[back], found.rows[back])
 
 
@@ -201,12 +214,29 @@ def products_by_row(units: Embeddings, embeddings: Embeddings, rows: NDArray[np.
 
 
 def nearest(cosines: NDArray[np.float32], found: Rows, queries: Rows, k: int) -> Neighbours:
-    """The k first of what was found for each query (Q, n), itself left out; fewer when there are no more."""
+    """The k first of what was found for each query (Q, n), itself left out; fewer when there are no more.
+
+    Cosine and row are sorted as one number of 64 bits, which takes a quarter of the time of sorting by two.
+    """
     none = (found < 0) | (found == queries[:, None])
-    cosines = np.where(none, np.float32(-np.inf), cosines)
-    order = np.lexsort((found, -cosines, none), axis=1)[:, :k]
-    rows = np.where(none, np.int32(-1), found)
-    return Neighbours(np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1))
+    falling = rising_bits(np.where(none, np.float32(np.inf), -cosines)).astype(np.uint64)
+    keys = falling << np.uint64(32) | np.where(none, np.int32(-1), found).view(np.uint32)
+    if k < keys.shape[1]:
+        keys = np.partition(keys, k - 1, axis=1)[:, :k]
+    keys.sort(axis=1)
+    negated = floats_of((keys >> np.uint64(32)).astype(np.uint32))
+    return Neighbours(np.float32(0) - negated, keys.astype(np.uint32).view(np.int32))
+
+
+def rising_bits(numbers: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """Numbers without a sign that sort as the floats do: those below 0 turned about, the others above them."""
+    bits = (numbers + np.float32(0)).view(np.uint32)  # no zero is below another
+    return bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
+
+
+def floats_of(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """The floats that `rising_bits` made these of."""
+    return (bits ^ np.where(bits >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))).view(np.float32)
 
 
 def joined(search: Callable[[Rows], Neighbours], queries: Rows, k: int) -> Neighbours:

@@ -74,7 +74,7 @@ def match_run(
                 stack.enter_context(sole_process(out_dir, shared=wanted is not None))
                 folder.manifest.unlink(missing_ok=True)  # until all that it speaks of is there
                 drop_changes(folder)
-                if line := slow_precision(run.ranks.device, precision):
+                if line := slow_precision(run.ranks.device, run.precision):
                     print(line)
             size = options.partition_size
             encoded = encode_partitions(run, run.store, item_ids, folder, EMBEDDINGS, size, machines, wanted)

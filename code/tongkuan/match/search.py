@@ -15,7 +15,16 @@ from tongkuan.base.files import sha256_of
 from tongkuan.base.machine import available_cores
 from tongkuan.encode.encode import Embeddings
 from tongkuan.match import files
-from tongkuan.match.candidates import NEAREST, Index, Neighbours, Rows, build_index, exact_neighbours, index_neighbours
+from tongkuan.match.candidates import (
+    LISTS,
+    NEAREST,
+    Index,
+    Neighbours,
+    Rows,
+    build_index,
+    exact_neighbours,
+    index_neighbours,
+)
 from tongkuan.match.files import Folder, partitions, sum_of
 from tongkuan.match.machines import HERE, Machines
 from tongkuan.match.options import Engine, Options
@@ -23,7 +32,7 @@ from tongkuan.match.options import Engine, Options
 # Multiply-adds that an exact search may take: 300,000 listings of 2 x 128, about ten minutes on two cores.
 EXACT_WORK = 300_000**2 * 256
 MULTIPLY_ADDS = 2.5e10  # a second and core, of products of matrices on a plain CPU
-PROBED = 0.05  # of all pairs, that an index looks at: 3 to 10 % on the measured catalogues
+LOOKED_AT = 13_000  # embeddings that an index costs as much as looking at, of each listing, beside its lists
 FEW = 10_000  # listings of a category that no index is worth while for
 NEIGHBOURS = "neighbours"
 SOURCES = ("candidates", "scores", "search", "files")  # of this folder, that decide what is written
@@ -116,7 +125,8 @@ def plan_search(options: Options, categories: NDArray[np.int64], width: int) -> 
     count, k = len(categories), neighbours_of(options.engine, options.candidates)
     by_index = wants_index(options.engine, categories, width)
     sizes = np.bincount(categories).astype(np.float64)
-    work = float((sizes**2).sum()) * width * (PROBED if by_index else 1)
+    looked_at = np.where(by_index & (sizes >= FEW), LOOKED_AT + LISTS * np.sqrt(sizes), sizes)
+    work = float((sizes * looked_at).sum()) * width
     if options.engine == "exact":
         work *= 1.5  # once more for the pairs, of which it looks at half
     lists = 8 * count * k

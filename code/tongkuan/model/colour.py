@@ -74,7 +74,8 @@ def windows(side: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     starts = [place * side // SIDE for place in range(SIDE)]
     ends = [-(-(place + 1) * side // SIDE) for place in range(SIDE)]
     longest = max(end - start for start, end in zip(starts, ends, strict=True))
-    first, last = (torch.tensor(places, device=device) for places in (starts, ends))
+    place = torch.arange(SIDE, device=device)  # computed there: a GPU would be waited for to take a list
+    first, last = place * side // SIDE, ((place + 1) * side + SIDE - 1) // SIDE
     return [((first + step).clamp(max=side - 1), first + step < last) for step in range(longest)]
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -192,7 +193,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, they are copied once, into the encoder; files of before torch 1.6 are no archives and cannot be.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {key: value for key, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:  # damaged files raise all sorts
         what = "damaged, or holds more than tensors, which could run code (none of it was run)"

@@ -76,14 +76,27 @@ class Words(nn.Module):
         groups = torch.where(owners >= 0, self.group_of[owners.clamp(min=0)], -1)  # (N, G)
         place, there = groups.clamp(min=0), (groups >= 0).float()
         weight = self.idf[buckets] * there
-        squares = weight.new_zeros(buckets.shape[0], len(self.scales)).scatter_add_(1, place, weight.square())
+        squares = sums(weight.square(), place, len(self.scales))
         unit = weight / squares.gather(1, place).clamp(min=1e-12).sqrt()
         mixed = mix(buckets)
         signed = unit * self.scales[place] * (1.0 - 2.0 * (mixed & 1))
-        sketch = weight.new_zeros(buckets.shape[0], self.size).scatter_add(1, (mixed >> 1) % self.size, signed)
+        sketch = sums(signed, (mixed >> 1) % self.size, self.size)
         has = (squares > 0).float()
         common = (unit * self.generic[buckets]).sum(dim=1) - has[:, : len(KINDS)] @ self.usual
         return sketch, has * self.lack, common.unsqueeze(1)
+
+
+def sums(values: Tensor, place: Tensor, size: int) -> Tensor:
+    """float (N, G) and int64 (N, G) -> (N, size): the sum of the values of each place."""
+    if values.device.type != "cuda":
+        return values.new_zeros(values.shape[0], size).scatter_add(1, place, values)
+    return sums_in_order(values, place, size)  # a GPU's scatter_add adds as it comes: each time other last bits
+
+
+def sums_in_order(values: Tensor, place: Tensor, size: int) -> Tensor:
+    """As `sums`; on a GPU sorted by place and added from first to last."""
+    rows = torch.arange(values.shape[0], device=values.device).unsqueeze(1).expand_as(place)
+    return values.new_zeros(values.shape[0], size).index_put((rows, place), values, accumulate=True)
 
 
 def mix(buckets: Tensor) -> Tensor:
@@ -130,15 +143,16 @@ class OneTower(ItemModel):
         colours = {"object_colour": OBJECT_WIDTH, "whole_colour": WHOLE_WIDTH}
         return found | {name: width for name, width in colours.items() if self.settings.part_sizes()[name]}
 
-    def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def raw(self, images: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Raw features by part, float (N, width): rows of 0 where an item has no text or no picture.
 
-        images float (N, 3, S, S) normalised, all 0 where there is none; ids and mask int64 (N, T).
+        images float (N, 3, S, S) normalised, all 0 where there is none; ids and mask as in Trunk.features.
         """
         found: dict[str, Tensor] = {}
         if self.trunk.text is not None:
+            states = self.trunk.states(ids, mask).float()  # (N, T, H)
+            mask = torch.ones_like(ids) if mask is None else mask
             has_text = mask.sum(dim=1, keepdim=True) > EMPTY_TEXT
-            states = self.trunk.text(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (N, T, H)
             mean = (states * mask.unsqueeze(2)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
             found["text"] = torch.cat([states[:, 0], mean], dim=1) * has_text
         has_image = has_any(images.flatten(1))

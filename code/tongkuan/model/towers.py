@@ -37,7 +37,7 @@ class TwoTowers(ItemModel):
         """As in ItemModel: of each tower."""
         return {"threshold": self.threshold.width, "commodity": self.commodity.width}
 
-    def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def raw(self, images: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """As in ItemModel: each tower's features."""
         return {
             "threshold": self.threshold.features(images, ids, mask),
@@ -66,7 +66,7 @@ class SharedTowers(ItemModel):
         """As in ItemModel: of the trunk."""
         return {"trunk": self.trunk.width}
 
-    def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def raw(self, images: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """As in ItemModel: the trunk's features."""
         return {"trunk": self.trunk.features(images, ids, mask)}
 
@@ -134,10 +134,12 @@ def build(settings: ModelSettings, text_config: Mapping[str, Any] | None, pretra
 
 
 def halve_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round once, and for good, the weights that autocast would round in every batch: the same numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(dtype)
+    """Round once, and for good, the encoders' weights that autocast would round in every batch: the same numbers."""
+    for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
+        for encoder in (trunk.text, trunk.image):
+            for module in encoder.modules() if encoder is not None else ():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.to(dtype)
 
 
 def checkpoint_activations(model: ItemModel) -> None:

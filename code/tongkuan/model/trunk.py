@@ -3,11 +3,15 @@
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from tongkuan.ranks.arithmetic import computed_at
+
+# transformers' types of encoders that take a mask of attention as it is used.
+READY_MASKS = ("bert", "roberta", "xlm-roberta")
 Kind = Literal["text", "image"]
 
 
@@ -19,16 +23,25 @@ class ItemModel(nn.Module, ABC):
         """Raw numbers of an item by part, in the order of `raw`."""
 
     @abstractmethod
-    def raw(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def raw(self, images: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """What is known of items before anything is joined, by part: float (N, width); inputs as in Trunk.features."""
 
     @abstractmethod
     def joined(self, raw: Mapping[str, Tensor], *words: Tensor) -> Tensor:
         """Embeddings [p ; q], float (N, 2 x embedding_size), of what `raw` gives and encode.store.padded_words."""
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, *words: Tensor) -> Tensor:
+    def join(self, raw: Mapping[str, Tensor], *words: Tensor) -> Tensor:
+        """`joined` at fp32, whatever the encoders are computed at.
+
+        A score is the difference of two products that are near each other: rounding would show, and costs no time here.
+        """
+        device = (*words, *raw.values())[0].device
+        with computed_at("fp32", device):
+            return self.joined({name: rows.float() for name, rows in raw.items()}, *words)
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor | None, *words: Tensor) -> Tensor:
         """Embeddings [p ; q], float (N, 2 x embedding_size)."""
-        return self.joined(self.raw(images, ids, mask), *words)
+        return self.join(self.raw(images, ids, mask), *words)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, but for batch normalisation and encoders that do not learn.
@@ -69,17 +82,33 @@ class Trunk(nn.Module):
         text = self.text.config.hidden_size if self.text else 0  # type: ignore[union-attr]
         return int(text) + int(self.image.num_features if self.image else 0)  # type: ignore[arg-type]
 
-    def features(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """What the text encoder says of each token: float (N, T, H); inputs as in `features`."""
+        assert self.text is not None
+        if mask is not None and takes_ready_mask(self.text):
+            # Of a mask (N, T), transformers would ask the device whether it has a 0, and wait for the answer.
+            mask = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        states: Tensor = self.text(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states
+
+    def features(self, images: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
         """What the encoders say, text first: float (N, width).
 
-        images float (N, 3, S, S) normalised; ids and mask int64 (N, T).
+        images float (N, 3, S, S) normalised; ids int64 (N, T), and mask likewise, None where no text is padded.
         """
         parts = []
         if self.text is not None:
-            parts.append(self.text(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])  # [CLS] (N, H)
+            parts.append(self.states(ids, mask)[:, 0])  # [CLS] (N, H)
         if self.image is not None:
             parts.append(self.image(images))  # (N, F)
         return torch.cat(parts, dim=1)
+
+
+def takes_ready_mask(text: nn.Module) -> bool:
+    """Whether a text encoder takes a mask bool (N, 1, T, T) for what its attention is to use."""
+    config: Any = text.config
+    is_plain = config.model_type in READY_MASKS and not config.is_decoder
+    return is_plain and config._attn_implementation == "sdpa"
 
 
 @functools.cache  # copying numbers to a GPU has the host wait for it

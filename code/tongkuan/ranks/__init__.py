@@ -1,1 +1,1 @@
-"""One rank or many: where this process stands, the group, requests to stop, the launcher."""
+"""One rank or many: where this process stands, the group, requests to stop, the launcher, the arithmetic."""

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
-from tongkuan.base.errors import FailureError, LostError, UserError, clip
+from tongkuan.base.errors import FailureError, LostError, UserError, clip, is_out_of_memory
 from tongkuan.base.machine import available_cores
+from tongkuan.ranks.arithmetic import set_arithmetic
 from tongkuan.ranks.network import await_listener, interface_to, is_here, is_taken
 from tongkuan.ranks.packing import Packer, Unpacker, empty, layout
 from tongkuan.ranks.place import (
@@ -118,6 +119,7 @@ def join_ranks() -> Iterator[Ranks]:
     Raises UserError when the environment describes none that can be, FailureError when its other ranks do not come.
     """
     place = find_place()
+    set_arithmetic()
     device = choose_device(place)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (cores := available_cores()):
         torch.set_num_threads(cores)  # torch does not see a container's quota
@@ -130,6 +132,8 @@ def join_ranks() -> Iterator[Ranks]:
     try:
         yield Ranks(place.rank, place.world_size, device, PrefixStore("stop", store))
     except RuntimeError as error:
+        if isinstance(error, torch.AcceleratorError):  # "the launch timed out" is no word of another rank
+            raise
         if "imed out" in str(error) or "timeout" in str(error).lower():
             setting = "TONGKUAN_STUCK_SECONDS"
             raise FailureError(f"another rank did not answer for {seconds:g} s ({setting}); {GO_ON}") from error
@@ -156,7 +160,16 @@ def choose_device(place: Place) -> torch.device:
         seen = f"{found} GPUs are to be seen, numbered from 0" if found > 1 else "one GPU is to be seen"
         raise UserError(f"{name}={number}: {seen}; start at most {found} ranks here, or {alone()}")
     device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = clip(str(error).strip().split("\n")[0], 160)
+        raise UserError(
+            f"GPU {number} cannot be used ({reason}); nvidia-smi shows its state and who holds it: free it, or name "
+            "others, or none, in CUDA_VISIBLE_DEVICES"
+        ) from error
     return device
 
 
@@ -182,6 +195,7 @@ def join(place: Place, device: torch.device, seconds: float) -> Any:
                 rank=place.rank,
                 world_size=place.world_size,
                 timeout=limit,
+                device_id=device if device.type == "cuda" else None,  # a GPU that is lost shows here, not in a step
             )
         except RuntimeError as error:
             reason = clip(str(error).strip().split("\n")[0], 200)

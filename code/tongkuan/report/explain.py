@@ -65,7 +65,7 @@ def explain(
     model_path: Path,
     out: Path,
     threshold: float | None = None,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     grid: int = 8,
 ) -> None:
     """Publish the page of a pair (two item ids; the first of the split when None). UserError when an input is unfit."""
@@ -73,7 +73,10 @@ def explain(
         raise UserError(f"{out}: no name for a page; let --out end in .html")
     check_writable(out.parent)
     started = time.monotonic()
-    explanation, notes = occlude(pair_ids, data_dir, split, model_path, threshold, precision, grid)
+    found = occlude(pair_ids, data_dir, split, model_path, threshold, precision, grid)
+    if found is None:
+        return
+    explanation, notes = found
     seconds = time.monotonic() - started
     page = render_explanation(explanation, Pictures(data_dir))
     with publish(out) as file:
@@ -90,10 +93,13 @@ def occlude(
     split: str,
     model_path: Path,
     threshold: float | None,
-    precision: Precision,
+    precision: Precision | None,
     grid: int,
-) -> tuple[Explanation, list[str]]:
-    """Encode both listings whole and without each part; what came of it, and lines for the user."""
+) -> tuple[Explanation, list[str]] | None:
+    """Encode both listings whole and without each part; what came of it, and lines for the user.
+
+    Every rank takes part; None on all but the first.
+    """
     with open_inference(
         data_dir, split, model_path, precision, read=lambda *files: find_pairs(pair_ids, *files)
     ) as run:
@@ -104,10 +110,12 @@ def occlude(
             )
         sides = [variants_of(run.store, items[item_id], grid) for item_id in (pair.left, pair.right)]
         variants = {f"{side} {name}": variant for side, found in enumerate(sides) for name, variant in found.items()}
-        notes = [slow_precision(run.ranks.device, precision), run.store.warning()]
+        notes = [slow_precision(run.ranks.device, run.precision), run.store.warning()]
         basis = calibrate(run, labelled)
         run.store, run.item_ids = VariantStore(variants, settings, run.card.open_tokenizer()), list(variants)
         numbers = run.encode("explain")
+    if not run.ranks.is_first:
+        return None
     left, right = ({name: numbers[f"{side} {name}"] for name in found} for side, found in enumerate(sides))
     whole = (left[WHOLE], right[WHOLE])
     adaptive, commodity = (
@@ -131,7 +139,7 @@ def occlude(
         ),
         facts={
             "model": sha256_of(model_path),
-            "precision": precision,
+            "precision": run.precision,
             "split": split,
             "grid": f"{grid} x {grid}",
             "listings encoded": f"{len(variants) + basis.num_encoded:,}",

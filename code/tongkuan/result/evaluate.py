@@ -14,6 +14,7 @@ from tongkuan.encode.encode import scores_of, slow_precision
 from tongkuan.encode.inference import open_inference, read_labelled_pairs
 from tongkuan.records.items import pair_file
 from tongkuan.records.labels import contradiction_note, labels_of
+from tongkuan.result.precision import cost_line, exact_embeddings, sample_of
 from tongkuan.settings import Precision
 
 
@@ -22,7 +23,7 @@ def evaluate(
     split: str,
     model_path: Path,
     encode_batch: int | None,
-    precision: Precision,
+    precision: Precision | None,
     threshold: float | None,
     cache_dir: Path | None = None,
     blended: bool = False,
@@ -30,33 +31,26 @@ def evaluate(
     """Print the table."""
     reader = read_labelled_pairs
     with open_inference(data_dir, split, model_path, precision, encode_batch, cache_dir, reader) as run:
-        exact = run.encode("fp32", "fp32") if precision != "fp32" else None
+        # Who asks for a precision asks what it costs; neighbours of an item may be anywhere.
+        held = run.pairs if precision is not None or blended else sample_of(run.pairs)
+        exact = exact_embeddings(run, held)
         embeddings = run.encode("encode")
     if not run.ranks.is_first:
         return
     chosen = run.card.threshold if threshold is None else threshold
     if blended:
         embeddings, exact = blend(embeddings), exact and blend(exact)
-    print(f"{model_path} on {len(run.pairs)} pairs of {split}, {precision}{', blended' if blended else ''}")
+    print(f"{model_path} on {len(run.pairs)} pairs of {split}, {run.precision}{', blended' if blended else ''}")
     scores = scores_of(run.pairs, embeddings)
     best = print_qualities(scores, labels_of(run.pairs), {"as trained": 0.0, "chosen": chosen})
     if exact is not None:
-        print(differences(scores, scores_of(run.pairs, exact), chosen, precision))
+        print(cost_line(held, embeddings, exact, chosen, run.precision))
     notes = (contradiction_note(pair_file(data_dir, split), run.pairs), run.store.warning())
-    for line in (slow_precision(run.ranks.device, precision), *notes):
+    for line in (slow_precision(run.ranks.device, run.precision), *notes):
         if line:
             print(line)
     words = ["--blend", "--threshold", f"{best:.6g}"] if blended and best is not None else []
     print(f"next: {entrypoint('predict', '--data', data_dir, '--model', model_path, *words)}")
-
-
-def differences(scores: Scores, exact: Scores, threshold: float, precision: Precision) -> str:
-    """One line on what a lower precision costs: verdicts that differ from fp32, and the largest change of a score."""
-    changed = int(((scores > threshold) != (exact > threshold)).sum())
-    return (
-        f"{precision} against fp32: {changed} of {len(exact)} verdicts differ at {threshold:.4f}, "
-        f"largest change of a score {np.abs(scores - exact).max():.2g}"
-    )
 
 
 def print_qualities(scores: Scores, labels: Labels, thresholds: dict[str, float]) -> float | None:

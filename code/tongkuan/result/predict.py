@@ -26,6 +26,7 @@ from tongkuan.encode.inference import Inference, open_inference
 from tongkuan.encode.store import ItemStore
 from tongkuan.records.items import Pair, pair_file
 from tongkuan.records.result import format_embedding, prediction_row
+from tongkuan.result.precision import cost_line, exact_embeddings, sample_of
 from tongkuan.settings import Precision
 
 # In the image a folder mounted over submit/ hides the first; the Dockerfile keeps the second for that.
@@ -60,7 +61,7 @@ def predict(
     model_path: Path,
     submit_dir: Path,
     encode_batch: int | None = None,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     threshold: float | None = None,
     cache_dir: Path | None = None,
     blended: bool = False,
@@ -97,25 +98,32 @@ def compute(
     split: str,
     model_path: Path,
     encode_batch: int | None,
-    precision: Precision,
+    precision: Precision | None,
     threshold: float | None,
     cache_dir: Path | None = None,
     blended: bool = False,
+    is_compared: bool = True,
 ) -> Predicted | None:
-    """Encode the items of a split's pairs on all ranks; None on all but the first. Writes nothing but the cache."""
+    """Encode the items of a split's pairs on all ranks; None on all but the first. Writes nothing but the cache.
+
+    `is_compared`: whether some verdicts are compared with those at fp32.
+    """
     with open_inference(data_dir, split, model_path, precision, encode_batch, cache_dir) as run:
-        if run.ranks.is_first and (warning := slow_precision(run.ranks.device, precision)):
+        if run.ranks.is_first and (warning := slow_precision(run.ranks.device, run.precision)):
             print(warning)
+        # Where neighbours count, some items say nothing of the others: evaluate compares all.
+        held = sample_of(run.pairs) if is_compared and not blended else []
+        exact = exact_embeddings(run, held)
         embeddings = run.encode("predict")
     if not run.ranks.is_first:
         return None
     if blended:
         embeddings = blend(embeddings)
     rows = format_rows(run.pairs, embeddings, float(run.card.threshold if threshold is None else threshold))
-    cache = run.caches[precision]
+    cache = run.caches[run.precision]
     images = images_hash(run.store, run.item_ids, cache.picture_hashes if cache else {})
     facts = {
-        "precision": precision,
+        "precision": run.precision,
         "split": split,
         "threshold": rows.threshold,
         "pairs": len(run.pairs),
@@ -125,6 +133,8 @@ def compute(
         "blank_pictures": sorted(run.store.unreadable),
     } | ({"blended": True} if blended else {})
     notes = [*run.store.coverage(), *filter(None, [run.store.warning()])]
+    if exact is not None:
+        notes.append(cost_line(held, embeddings, exact, rows.threshold, run.precision))
     return Predicted(rows, manifest_of(run, facts), notes)
 
 
