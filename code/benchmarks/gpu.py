@@ -26,7 +26,9 @@ from gpu_sections.right import right
 from gpu_sections.same_bytes import same_bytes
 from gpu_sections.train import memory, train
 
-GRACE = 20  # seconds, after which a call that Python cannot interrupt is ended
+from tongkuan.ranks.arithmetic import set_arithmetic
+
+GRACE = 10  # seconds, after which a call that Python cannot interrupt is ended
 SHARE = 0.9  # of the seconds is dealt to sections; one that does not look at the clock may use the rest
 
 
@@ -99,6 +101,7 @@ def main(words: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     faulthandler.dump_traceback_later(arguments.seconds + GRACE, exit=True, file=2)
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
+    set_arithmetic()  # as a group of ranks begins
     book = Book(arguments.out / "gpu.jsonl")
     with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
         bench = Bench(device, SMALL if arguments.tiny else REAL, Path(folder))

@@ -154,9 +154,9 @@ class Bench:
         chosen = [ids[number % len(ids)] for number in range(size)]
         return self.made.store().batch(chosen).to(self.device)
 
-    def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the network is called with."""
-        return normalised(batch, self.settings.model.image), batch.ids, batch.mask
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the network is called with; no mask where no text is padded."""
+        return normalised(batch, self.settings.model.image), batch.ids, batch.attended
 
     @cached_property
     def usual(self) -> int:

@@ -47,8 +47,8 @@ def blocks(bench: Bench) -> dict[str, Callable[[bool], None]]:
     height, width = stage.blocks[0].input_resolution
     pictures = torch.randn(min(8, bench.usual), height, width, stage.blocks[0].norm1.normalized_shape[0])
     pictures = pictures.to(bench.device)
-    _, ids, mask = bench.inputs(bench.batch(8))
-    padded = mask.clone()
+    ids = bench.batch(8).ids
+    padded = torch.ones_like(ids)
     padded[:4, -4:] = 0
 
     def passed(block: Callable[[], torch.Tensor], learns: bool) -> None:
@@ -58,15 +58,11 @@ def blocks(bench: Bench) -> dict[str, Callable[[bool], None]]:
             result.float().sum().backward()
             bench.made.model.zero_grad(set_to_none=True)
 
-    def text(mask: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = tower.text(input_ids=ids, attention_mask=mask).last_hidden_state  # type: ignore[misc]
-        return found
-
     return {
         "Swin block, plain": lambda learns: passed(lambda: stage.blocks[0](pictures), learns),
         "Swin block, shifted": lambda learns: passed(lambda: stage.blocks[1](pictures), learns),
-        "text, padded": lambda learns: passed(lambda: text(padded), learns),
-        "text, full": lambda learns: passed(lambda: text(torch.ones_like(mask)), learns),
+        "text, padded": lambda learns: passed(lambda: tower.states(ids, padded), learns),
+        "text, full": lambda learns: passed(lambda: tower.states(ids, None), learns),
     }
 
 

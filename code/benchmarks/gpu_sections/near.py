@@ -78,8 +78,9 @@ class AlwaysFolded(FoldedWindows):
 
 def residual(bench: Bench, page: Page) -> None:
     """Norms and residual sums in bf16 too, which autocast leaves at fp32."""
-    pure, inputs = copy.deepcopy(bench.made.model).to(torch.bfloat16), bench.inputs(bench.batch(bench.usual))
-    images, *rest = inputs
+    pure, (images, *rest) = copy.deepcopy(bench.made.model), bench.inputs(bench.batch(bench.usual))
+    for encoder in (*pure.encoders("text"), *pure.encoders("image")):
+        encoder.to(torch.bfloat16)
 
     def run() -> Tensor:
         with torch.inference_mode():

@@ -53,13 +53,13 @@ def batches(bench: Bench, page: Page, way: str) -> None:
         model = prepared(bench, precision)
     counted = reference.as_published(copy.deepcopy(bench.made.model))
 
-    def forward(inputs: tuple[torch.Tensor, ...]) -> None:
+    def forward(inputs: tuple[torch.Tensor | None, ...]) -> None:
         with torch.inference_mode(), bench.computing(precision):
             model(*inputs)
 
     for size in bench.sizes.batches:
         inputs = bench.inputs(bench.batch(size))
         with torch.no_grad():
-            work = size * flops(lambda inputs=inputs: counted(*(tensor[:1] for tensor in inputs)))
+            work = size * flops(lambda inputs=inputs: counted(inputs[0][:1], inputs[1][:1], None))
         ways[f"forward alone, {way}, batch {size}"] = Way(lambda inputs=inputs: forward(inputs), size, way, work)
     compare(bench, page, "items/s", ways)

@@ -112,7 +112,7 @@ def gradients(bench: Bench, recompute: bool) -> tuple[float, list[torch.Tensor]]
     model = prepared(bench, "fp32").train()
     if recompute:
         checkpoint_activations(model)
-    train = bench.settings.train.model_copy(update={"pairs": min(4, bench.settings.train.pairs)})
+    train = bench.settings.train.model_copy(update={"pairs": min(4, bench.settings.train.pairs), "precision": "fp32"})
     settings = bench.settings.model_copy(update={"train": train})
     loaded = load_parts(bench.task, settings, bench.ranks, 0, bench.task.train_store)
     part, batch, labels = next(loaded)

@@ -60,8 +60,8 @@ def described(options: dict[str, Any]) -> str:
 
 
 def trainer(bench: Bench, **options: Any) -> tuple[train_step.Bench, Settings]:
-    """A network of its own, and settings of training with `options`."""
-    train = bench.settings.train.model_copy(update=options)
+    """A network of its own, and settings of training with `options`, at fp32 if they do not say."""
+    train = bench.settings.train.model_copy(update={"precision": "fp32", **options})
     settings = bench.settings.model_copy(update={"train": train})
     return train_step.Bench(settings, bench.task, bench.ranks), settings
 
