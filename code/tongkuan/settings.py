@@ -189,7 +189,7 @@ class TrainSettings(Section):
     """Of the two linear layers; learning_rate when empty."""
     final_learning_rate: RateOrZero = 1e-7
     """Where the cosine ends."""
-    later: ClassVar[tuple[str, ...]] = ("encoders", "layer_decay", "negatives", "threshold")
+    later: ClassVar[tuple[str, ...]] = ("encoders", "layer_decay", "negatives")
     encoders: Annotated[str, AfterValidator(checked_encoders)] = "all"
     """What of the encoders learns: all of it, nothing (frozen), or the last N blocks of each (last-2) with what follows
     them. Frozen encoders without augmentation run once an item, at fp32: then steps take milliseconds."""
@@ -198,9 +198,6 @@ class TrainSettings(Section):
     negatives: RateOrZero = 0.0
     """Weight of a second loss: that listings of a part that the pairs do not join are not the same product. Their
     number, and so what is learned, depends on ranks and accumulate."""
-    threshold: Literal["best", "smoothed"] = "best"
-    """Chosen on the validation pairs. best: of the highest F1. smoothed: of the highest F1 of a smoothed curve, which
-    depends less on the pairs that happen to be there; for small validation sets."""
     draw: Literal["random", "component"] = "random"
     """random: as published. component: pairs that share items meet in a batch, so fewer items are encoded."""
     whiten: bool = False

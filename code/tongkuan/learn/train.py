@@ -36,7 +36,6 @@ from tongkuan.learn.features import FeatureStore, features_of
 from tongkuan.learn.fit import fit
 from tongkuan.learn.run import Run, check_same
 from tongkuan.learn.step import TrainStep
-from tongkuan.learn.threshold import smoothed_threshold
 from tongkuan.model.blocks import freeze
 from tongkuan.model.modelfile import ModelCard, save_model
 from tongkuan.model.one import OneTower
@@ -217,8 +216,7 @@ class Trainer:
         self.model.train()
         scores, labels = scores_of(task.valid_pairs, embeddings), labels_of(task.valid_pairs)
         at_zero, area = quality_at(scores, labels, 0.0).f1, average_precision(scores, labels)
-        choose = smoothed_threshold if self.options.threshold == "smoothed" else best_threshold
-        threshold, f1 = (0.0, at_zero) if task.is_undecided else choose(scores, labels)
+        threshold, f1 = (0.0, at_zero) if task.is_undecided else best_threshold(scores, labels)
         figures = {"valid_f1": f1, "threshold": threshold, "valid_f1_at_0": at_zero, "valid_average_precision": area}
         run.log(step, figures)
         if not self.ranks.is_first:
