@@ -41,8 +41,8 @@ PAIRS = reference.BATCH  # a step
 class Sized:
     """One set of items, and networks of the preset's encoders in each form."""
 
-    def __init__(self, preset: str, num_items: int, folder: Path) -> None:
-        self.settings, self.folder = load_settings(preset), folder
+    def __init__(self, preset: str, num_items: int, rounds: int, folder: Path) -> None:
+        self.settings, self.rounds, self.folder = load_settings(preset), rounds, folder
         model = self.settings.model
         self.items: dict[str, Item] = world.make_items(num_items, folder / "images", model.image.size)
         self.forms: dict[str, ModelSettings] = {
@@ -63,7 +63,7 @@ class Sized:
     def predicting(self, form: str) -> Callable[[], object]:
         """The pairs of all items predicted, by the published way if in its form."""
         task, out = self.task(form), self.folder / form
-        tokenizer, pairs = task.card.open_tokenizer(), task.train_pairs
+        tokenizer, pairs = task.card.open_tokenizer(), world.make_pairs(self.items, self.rounds)
         assert tokenizer is not None
         model = self.model(form, task).eval()
         if isinstance(model, TwoTowers):
@@ -110,13 +110,15 @@ def main() -> None:
     parser.add_argument("--preset", default="best", help="whose encoders (default best)")
     parser.add_argument("--items", type=int, default=96, help="of the data, and as many pairs (default 96)")
     parser.add_argument("--runs", type=int, default=5, help="of each way, in turn (default 5)")
+    parser.add_argument("--rounds", type=int, default=1, help="to predict, each item in two pairs a round (default 1)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sized, pairs, runs = Sized(arguments.preset, arguments.items, Path(folder)), arguments.items, arguments.runs
+        sized, runs = Sized(arguments.preset, arguments.items, arguments.rounds, Path(folder)), arguments.runs
+        pairs = arguments.items
         print(f"{'':<10}{'published':>12}{'ours':>12} {'':<10}{'ratio':>9}  (spread over {runs} runs)")
         published = sized.predicting("two")
         for form in ("shared", "one"):
-            report(form, "pairs/s", pairs, in_turn(runs, published, sized.predicting(form)))
+            report(form, "pairs/s", arguments.rounds * pairs, in_turn(runs, published, sized.predicting(form)))
         steps, ours = sized.published_steps(), sized.our_steps()
         for each in (steps, ours):
             next(each)

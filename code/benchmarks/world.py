@@ -43,11 +43,15 @@ def make_items(num_items: int, images: Path, side: int = SETTINGS.image.size) ->
     return items
 
 
-def make_pairs(items: dict[str, Item]) -> list[Pair]:
-    """As many pairs as items: each item in two on average."""
-    ids = np.array(list(items))
-    left, right = np.random.default_rng(1).permutation(len(ids)), np.random.default_rng(2).permutation(len(ids))
-    return [Pair(str(ids[a]), str(ids[b if a != b else (b + 1) % len(ids)])) for a, b in zip(left, right, strict=True)]
+def make_pairs(items: dict[str, Item], rounds: int = 1) -> list[Pair]:
+    """A round has as many pairs as items: each item in two on average."""
+    ids, pairs = np.array(list(items)), []
+    for number in range(rounds):
+        left, right = (np.random.default_rng(2 * number + seed).permutation(len(ids)) for seed in (1, 2))
+        pairs += [
+            Pair(str(ids[a]), str(ids[b if a != b else (b + 1) % len(ids)])) for a, b in zip(left, right, strict=True)
+        ]
+    return pairs
 
 
 def texts(items: dict[str, Item]) -> list[str]:
