@@ -21,6 +21,7 @@ from tongkuan.encode.store import Batch, normalised
 from tongkuan.learn.dataloader import Task
 from tongkuan.model.towers import TwoTowers
 from tongkuan.presets import load_settings
+from tongkuan.ranks.arithmetic import tf32
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import DataSettings, Precision, Settings
 
@@ -43,7 +44,7 @@ TINY = (
     "model.image.arguments={img_size: 32, window_size: 4, embed_dim: 8, depths: [2, 1], num_heads: [2, 2]}",
     "model.embedding_size=16",
 )
-ARITHMETICS = ("fp32", "tf32", "bf16", "fp16")
+ARITHMETICS: tuple[Precision, ...] = get_args(Precision)
 NEEDS_CUDA = "needs CUDA; this is a CPU"
 
 
@@ -173,16 +174,10 @@ class Bench:
 
 
 @contextmanager
-def arithmetic(way: str) -> Iterator[Precision]:
-    """Encoders' precision for one of ARITHMETICS, and what a GPU makes of fp32: ten bits of each factor, or all."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if way == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = way == "tf32"
-    try:
-        yield way if way in get_args(Precision) else "fp32"  # type: ignore[misc]
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+def arithmetic(way: Precision) -> Iterator[Precision]:
+    """A precision, by which what our encoders do not multiply is multiplied too: plain products, the published way."""
+    with tf32(way == "tf32"):
+        yield way
 
 
 def prepared(bench: Bench, precision: Precision) -> TwoTowers:
@@ -205,7 +200,7 @@ class Way:
 
     run: Callable[[], Any]
     amount: float
-    arithmetic: str = "fp32"
+    arithmetic: Precision = "fp32"
     flops: float = 0.0
     """Of one run, for the share of what a matrix multiplication reaches; 0 for none."""
     note: Callable[[], str] = str

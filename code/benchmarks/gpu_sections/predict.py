@@ -11,6 +11,7 @@ from run import flops_of
 
 from gpu_sections.bench import ARITHMETICS, Bench, Way, arithmetic, compare, flops, prepared
 from gpu_sections.book import Page
+from tongkuan.settings import Precision
 
 
 def predict(bench: Bench, page: Page) -> None:
@@ -38,7 +39,7 @@ def whole(bench: Bench, page: Page) -> None:
     compare(bench, page, "pairs/s", ways)
 
 
-def ours(bench: Bench, way: str, out: Path) -> Callable[[], Any]:
+def ours(bench: Bench, way: Precision, out: Path) -> Callable[[], Any]:
     """Decode, tokenise, encode and write, at an arithmetic."""
     made = bench.made.few(bench.sizes.encoded)
     with arithmetic(way) as precision:
@@ -46,7 +47,7 @@ def ours(bench: Bench, way: str, out: Path) -> Callable[[], Any]:
     return lambda: made.ours(model, out, precision)
 
 
-def batches(bench: Bench, page: Page, way: str) -> None:
+def batches(bench: Bench, page: Page, way: Precision) -> None:
     """Items a second of batches that lie on the device."""
     ways = {}
     with arithmetic(way) as precision:

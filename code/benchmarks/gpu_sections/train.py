@@ -17,7 +17,7 @@ from tongkuan.learn.dataloader import load_parts
 from tongkuan.learn.step import TrainStep
 from tongkuan.model.towers import checkpoint_activations
 from tongkuan.model.trunk import ItemModel
-from tongkuan.settings import DataSettings, Settings
+from tongkuan.settings import DataSettings, Precision, Settings
 
 
 def train(bench: Bench, page: Page) -> None:
@@ -79,7 +79,9 @@ def published(bench: Bench, pairs: int) -> Way:
     return Way(run, bench.sizes.steps * pairs)
 
 
-def ours(bench: Bench, work: float, way: str, change: Callable[[ItemModel], Any] | None = None, **options: Any) -> Way:
+def ours(
+    bench: Bench, work: float, way: Precision, change: Callable[[ItemModel], Any] | None = None, **options: Any
+) -> Way:
     """Steps of ours; `work` is what an item takes, `change` is done to the network first."""
     with arithmetic(way) as precision:
         trains, settings = trainer(bench, precision=precision, **options)
