@@ -52,8 +52,8 @@ class Sized:
         self.forms["shared"] = self.forms["two"].model_copy(update={"towers": "shared"})
 
     def task(self, form: str) -> Task:
-        """The items in as many pairs, labelled by chance."""
-        return train_step.make_task(self.forms[form], self.items, self.folder / "images")
+        """The items in their pairs, labelled by chance."""
+        return train_step.make_task(self.forms[form], self.items, self.folder / "images", self.rounds)
 
     def model(self, form: str, task: Task) -> ItemModel:
         """Of random weights."""
@@ -108,17 +108,19 @@ class Sized:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="best", help="whose encoders (default best)")
-    parser.add_argument("--items", type=int, default=96, help="of the data, and as many pairs (default 96)")
+    parser.add_argument("--items", type=int, default=96, help="of the data (default 96)")
     parser.add_argument("--runs", type=int, default=5, help="of each way, in turn (default 5)")
-    parser.add_argument("--rounds", type=int, default=1, help="to predict, each item in two pairs a round (default 1)")
+    parser.add_argument("--rounds", type=int, default=1, help="of pairs, each item in two pairs a round (default 1)")
     arguments = parser.parse_args()
+    # Gradients of random weights shrink from layer to layer to numbers that a CPU is slow with; those of trained ones not.
+    torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         sized, runs = Sized(arguments.preset, arguments.items, arguments.rounds, Path(folder)), arguments.runs
-        pairs = arguments.items
+        pairs = arguments.rounds * arguments.items
         print(f"{'':<10}{'published':>12}{'ours':>12} {'':<10}{'ratio':>9}  (spread over {runs} runs)")
         published = sized.predicting("two")
         for form in ("shared", "one"):
-            report(form, "pairs/s", arguments.rounds * pairs, in_turn(runs, published, sized.predicting(form)))
+            report(form, "pairs/s", pairs, in_turn(runs, published, sized.predicting(form)))
         steps, ours = sized.published_steps(), sized.our_steps()
         for each in (steps, ours):
             next(each)

@@ -51,15 +51,24 @@ def predict(
     return met
 
 
+SWITCHES = ("fused_attn", "is_folded", "reads_first")
+"""Of modules: attention that is not written out, norms folded into convolutions, a last layer of [CLS] alone."""
+
+
 def as_published(model: TwoTowers) -> TwoTowers:
-    """Attention written out and pictures plane by plane, as before fused attention and channels-last were there."""
-    for tower in (model.threshold, model.commodity):
-        if tower.text is not None:
-            tower.text.set_attn_implementation("eager")  # type: ignore[operator]
-        for module in tower.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+    """All that is computed written out, and pictures plane by plane, as before fused attention and channels-last."""
+    write_out(model, True)
     return model.to(memory_format=torch.contiguous_format)
+
+
+def write_out(model: TwoTowers, is_published: bool) -> None:
+    """Have encoders compute by the published way, or by ours again."""
+    for text in model.encoders("text"):
+        text.set_attn_implementation("eager" if is_published else "sdpa")  # type: ignore[operator]
+    for module in model.modules():
+        for switch in SWITCHES:
+            if hasattr(module, switch):
+                setattr(module, switch, not is_published)
 
 
 def side_inputs(side: Sequence[Item], settings: ModelSettings, tokenizer: Tokenizer, images: Path) -> Side:

@@ -72,15 +72,12 @@ class Bench:
         self.model = model.to(memory_format=torch.contiguous_format).train()
 
     def switch(self, is_published: bool) -> None:
-        """Attention written out, for fused attention came after the published entry; nothing recomputed. Or ours."""
+        """All written out, for fused attention came after the published entry; nothing recomputed. Or ours."""
         recompute = self.settings.train.checkpoint_activations and not is_published
+        reference.write_out(self.model, is_published)
         for tower in (self.model.threshold, self.model.commodity):
-            tower.text.set_attn_implementation("eager" if is_published else "sdpa")  # type: ignore[union-attr, operator]
             tower.text.activation_checkpointing_disable()  # type: ignore[union-attr, operator]
             tower.image.set_grad_checkpointing(False)  # type: ignore[union-attr, operator]
-            for module in tower.modules():
-                if hasattr(module, "fused_attn"):
-                    module.fused_attn = not is_published
         if recompute:
             checkpoint_activations(self.model)
 
@@ -200,10 +197,10 @@ class LiveStorages(TorchDispatchMode):
         self.now -= size
 
 
-def make_task(settings: ModelSettings, items: dict[str, Item], folder: Path) -> Task:
-    """Items with pictures in `folder`, in as many pairs, labelled by chance; validation does not come into it."""
+def make_task(settings: ModelSettings, items: dict[str, Item], folder: Path, rounds: int = 1) -> Task:
+    """Items with pictures in `folder`, each in two pairs a round, labelled by chance; validation does not come into it."""
     generator = np.random.default_rng(3)
-    pairs = [replace(pair, label=int(generator.integers(2))) for pair in world.make_pairs(items)]
+    pairs = [replace(pair, label=int(generator.integers(2))) for pair in world.make_pairs(items, rounds)]
     tokenizer = character_tokenizer(world.texts(items))
     text_config = text_config_of(settings.text, tokenizer.get_vocab_size())
     store = ItemStore(items, folder, settings, tokenizer)

@@ -6,6 +6,8 @@ import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from tongkuan.encode.cache import SOURCES
+
 CODE = Path(__file__).resolve().parents[1]
 TOP = CODE.parent
 PACKAGES = {CODE: "tongkuan", TOP: "data_scripts"}
@@ -42,6 +44,18 @@ def modules() -> dict[str, Path]:
     """Every module of the package and of data_scripts by its dotted name."""
     files = [(root, path) for root in (CODE, TOP) for path in sorted((root / PACKAGES[root]).rglob("*.py"))]
     return {".".join(path.relative_to(root).with_suffix("").parts): path for root, path in files}
+
+
+def test_what_a_network_is_made_of_decides_the_name_of_a_cached_batch() -> None:
+    """Embeddings of before such a file changed would stand among those of after."""
+    files, waiting = modules(), ["tongkuan.model.towers", "tongkuan.encode.encode"]
+    found = set(waiting)
+    while waiting:
+        others = {name for name in imported(files[waiting.pop()]) if name in files}
+        waiting += others - found
+        found |= others
+    needed = {name.removeprefix("tongkuan.") for name in found if name.startswith("tongkuan.model.")}
+    assert "model.norms" in needed and needed <= {name.replace("/", ".") for name in SOURCES}
 
 
 def test_imports_point_one_way() -> None:

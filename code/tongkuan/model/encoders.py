@@ -159,6 +159,7 @@ def build_image(settings: ImageEncoder, pretrained: bool) -> nn.Module:
     import timm
     from timm.layers.config import set_fused_attn
 
+    from tongkuan.model.norms import fold_norms
     from tongkuan.model.windows import fold_windows
 
     # Swin's attention, too, without its table of scores in memory: timm takes that for an experiment.
@@ -178,6 +179,7 @@ def build_image(settings: ImageEncoder, pretrained: bool) -> nn.Module:
     if kind == "folder":
         load_in_order(encoder, read_tensors(Path(place)), place)
     fold_windows(encoder)
+    fold_norms(encoder, settings.size)
     return encoder.to(memory_format=torch.channels_last)
 
 

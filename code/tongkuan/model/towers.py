@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tongkuan.model.encoders import build_image, build_text
+from tongkuan.model.first_token import read_first_token
+from tongkuan.model.kept import Keeps
 from tongkuan.model.one import OneTower
-from tongkuan.model.trunk import ItemModel, Trunk
+from tongkuan.model.trunk import ItemModel, Trunk, takes_ready_mask
 from tongkuan.settings import ModelSettings
 
 
@@ -124,9 +126,11 @@ def build(settings: ModelSettings, text_config: Mapping[str, Any] | None, pretra
 
     def encoders() -> tuple[nn.Module | None, nn.Module | None]:
         text = build_text(settings.text, text_config, pretrained) if text_config is not None else None
+        if text is not None and settings.towers != "one" and takes_ready_mask(text):
+            read_first_token(text)
         return text, build_image(settings.image, pretrained) if settings.has_image else None
 
-    if settings.towers == "one":
+    if settings.towers == "one":  # reads all tokens
         return OneTower(settings, *encoders())
     if settings.towers == "shared":
         return SharedTowers(Trunk(*encoders()), settings.embedding_size)
@@ -134,11 +138,14 @@ def build(settings: ModelSettings, text_config: Mapping[str, Any] | None, pretra
 
 
 def halve_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round once, and for good, the encoders' weights that autocast would round in every batch: the same numbers."""
+    """Round once, and for good, the encoders' weights that autocast would round in every batch: the same numbers.
+
+    What keeps weights of its own making rounds those.
+    """
     for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
         for encoder in (trunk.text, trunk.image):
             for module in encoder.modules() if encoder is not None else ():
-                if isinstance(module, nn.Linear | nn.Conv2d):
+                if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, Keeps):
                     module.to(dtype)
 
 

@@ -10,12 +10,11 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from tongkuan.model.kept import Keeps
 
-class FoldedWindows(WindowAttention):
+
+class FoldedWindows(Keeps, WindowAttention):
     """timm's attention in windows, of the same weights; learning and exporting go timm's way."""
-
-    kept: tuple[tuple[object, ...], Tensor] | None = None
-    """What the table was made of, and the table."""
 
     def folds(self) -> bool:
         """Whether windows are folded: where a table may be kept, since nothing learns from it."""
@@ -38,16 +37,8 @@ class FoldedWindows(WindowAttention):
 
     def table(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Biases of positions and what other windows' pixels are masked by, (1, windows x heads, area, area)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.made(mask, dtype)
-        bias = self.relative_position_bias_table
         shape = None if mask is None else mask.shape
-        made_of = (bias.data_ptr(), bias._version, bias.device, shape, dtype)
-        if self.kept is not None and self.kept[0] == made_of:
-            return self.kept[1]
-        with torch.inference_mode(False), torch.no_grad():
-            table = self.made(mask, dtype)
-        self.kept = made_of, table
+        table: Tensor = self.keep([self.relative_position_bias_table], (shape, dtype), lambda: self.made(mask, dtype))
         return table
 
     def made(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -56,11 +47,6 @@ class FoldedWindows(WindowAttention):
         if mask is not None:
             table = table + mask.unsqueeze(1)
         return table.to(dtype).flatten(0, 1).unsqueeze(0)
-
-    def train(self, mode: bool = True) -> "FoldedWindows":
-        """As nn.Module's; a table is no use to what learns."""
-        self.kept = None
-        return super().train(mode)
 
 
 def fold_windows(encoder: nn.Module) -> None:
