@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of each way, in turn (default 5)")
     parser.add_argument("--rounds", type=int, default=1, help="of pairs, each item in two pairs a round (default 1)")
     arguments = parser.parse_args()
-    # Gradients of random weights shrink from layer to layer to numbers that a CPU is slow with; those of trained ones not.
+    # Gradients of random weights, not of trained ones, shrink to numbers that a CPU is slow with.
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         sized, runs = Sized(arguments.preset, arguments.items, arguments.rounds, Path(folder)), arguments.runs

@@ -198,7 +198,7 @@ class LiveStorages(TorchDispatchMode):
 
 
 def make_task(settings: ModelSettings, items: dict[str, Item], folder: Path, rounds: int = 1) -> Task:
-    """Items with pictures in `folder`, each in two pairs a round, labelled by chance; validation does not come into it."""
+    """Items with pictures in `folder`, in two pairs a round, labelled by chance; validation does not come into it."""
     generator = np.random.default_rng(3)
     pairs = [replace(pair, label=int(generator.integers(2))) for pair in world.make_pairs(items, rounds)]
     tokenizer = character_tokenizer(world.texts(items))
