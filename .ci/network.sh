@@ -3,8 +3,7 @@
 # empty folder $work that goes with them at the end.
 
 work=$(mktemp -d /tmp/tk.XXXXXX) # short: Ray's sockets lie below, and their names may have 107 bytes
-first=tongkuan-$$-first
-second=tongkuan-$$-second
+hosts=() # all that were made
 addresses=(192.0.2.1 192.0.2.2) # of RFC 5737, which no network has
 
 kill_node() { # NAMESPACE SIGNAL: all that runs there
@@ -15,7 +14,8 @@ finish() {
     local status=$? namespace
     trap - EXIT
     trap '' TERM INT # `timeout` sends two
-    for namespace in "$first" "$second"; do
+    jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true # what would start more there
+    for namespace in "${hosts[@]}"; do
         kill_node "$namespace" KILL
         ip netns delete "$namespace" 2>/dev/null || true
     done
@@ -27,8 +27,11 @@ trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-make_network() {
+make_network() { # [NAME]: sets first and second to two new hosts, which see no others
     local namespace
+    first=tongkuan-$$${1:+-$1}-first
+    second=tongkuan-$$${1:+-$1}-second
+    hosts+=("$first" "$second")
     ip netns add "$first"
     ip netns add "$second"
     ip link add "tk$$a" netns "$first" type veth peer name "tk$$b" netns "$second"

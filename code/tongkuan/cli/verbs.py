@@ -112,7 +112,7 @@ VERBS = {
     ),
     "train": Verb(
         "train a model; the same command resumes",
-        f"train --preset demo {DEMO_DATA} --run runs/mine --model runs/mine/model.safetensors train.steps=200",
+        f"train --preset demo {DEMO_DATA} --run runs/mine --model runs/mine/model.safetensors train.steps=100",
         (
             opt.PRESET,
             opt.DATA.but("what split made"),
@@ -213,7 +213,7 @@ VERBS = {
     **CATALOGUE_VERBS,
     "demo": Verb(
         "the whole job on a sample catalogue, in minutes",
-        "demo --run runs/quick --products 60 train.steps=100",
+        "demo --run runs/quick --products 60 train.steps=50",
         (
             opt.RUN.but("its folder", default=Path("runs/demo")),
             opt.PRODUCTS.but("of the catalogue (default: sample's)", default=None),
