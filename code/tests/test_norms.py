@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from tongkuan.encode.encode import autocast, prepare
 from tongkuan.model.encoders import build_image
-from tongkuan.model.norms import FoldedConv, FoldedNorm, fold_norms
+from tongkuan.model.norms import FoldedConv, FoldedNorm, FoldedSame, fold_norms
 from tongkuan.model.towers import SharedTowers
 from tongkuan.model.trunk import Trunk
 from tongkuan.settings import ImageEncoder
@@ -156,6 +157,25 @@ def test_only_what_a_norm_alone_reads_is_folded() -> None:
     assert [name for name, module in ours.named_modules() if isinstance(module, FoldedNorm)] == ["norms.3"]
     with torch.inference_mode():
         assert near(ours(pictures()), plain(pictures()))
+
+
+@pytest.mark.parametrize("side", [1, 5, 20, 23, 40, 41])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(1, 2, 1), (2, 1, 1), (3, 2, 1), (5, 2, 1), (5, 3, 1), (3, 1, 2)]
+)
+def test_padding_alike_gives_the_places_of_timms(side: int, kernel: int, stride: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        Conv2dSame(4, 6, kernel, stride, dilation=dilation, groups=2, bias=False).double(), nn.BatchNorm2d(6).double()
+    )
+    ours = copy.deepcopy(drawn(plain))
+    ours[0].norms = (ours[1],)  # type: ignore[assignment]
+    ours[0].__class__, ours[1].__class__ = FoldedSame, FoldedNorm  # type: ignore[assignment]
+    picture = torch.randn(2, 4, side, side + 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        found = ours(picture)
+        torch.testing.assert_close(found, plain(picture), rtol=1e-9, atol=1e-9)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_statistics_of_a_batch_are_not_folded() -> None:

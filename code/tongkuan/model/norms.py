@@ -4,6 +4,7 @@ A norm of its own reads and writes every number once more, a quarter of the time
 CPU. Gradients of its weights come by the convolution's. The numbers are those of both up to rounding.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame, conv2d_same
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 from tongkuan.model.kept import Keeps
 
@@ -46,13 +48,33 @@ class FoldedConv(Keeps, nn.Conv2d):
 
 
 class FoldedSame(FoldedConv, Conv2dSame):
-    """timm's convolution that pads by the size of the picture."""
+    """timm's convolution that pads by the size of the picture, mostly more on one side than on the other.
+
+    timm copies the picture into a larger one. For encoding, both sides are padded alike, by so much that the places
+    wanted are among those that come out, and these are copied: sides differ where there are strides, so they are few.
+    """
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As in FoldedConv."""
-        options: Any = (self.stride, self.padding, self.dilation, self.groups)
-        found: Tensor = conv2d_same(x, weight, bias, *options)
-        return found
+        if torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():  # the backward of more places takes longer
+            options: Any = (self.stride, self.padding, self.dilation, self.groups)
+            padded: Tensor = conv2d_same(x, weight, bias, *options)
+            return padded
+        sides = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        padding, first, last = zip(*(same_padding(*each) for each in sides), strict=True)
+        found = conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        if (*first, *last) == (0, 0, *found.shape[2:]):
+            return found
+        return found[:, :, first[0] : last[0], first[1] : last[1]].contiguous(memory_format=torch.channels_last)
+
+
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int, int]:
+    """(padding of either side, the first place that is wanted, one after the last) of a side of `size` pixels."""
+    wanted = math.ceil(size / stride)
+    total = max((wanted - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    before = total // 2
+    first = math.ceil((total - 2 * before) / stride)
+    return before + first * stride, first, first + wanted
 
 
 class FoldedNorm(nn.BatchNorm2d):
