@@ -35,14 +35,13 @@ from tongkuan.records.items import Item
 from tongkuan.settings import DataSettings, ModelSettings, Settings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-PAIRS = reference.BATCH  # a step
 
 
 class Sized:
     """One set of items, and networks of the preset's encoders in each form."""
 
-    def __init__(self, preset: str, num_items: int, rounds: int, folder: Path) -> None:
-        self.settings, self.rounds, self.folder = load_settings(preset), rounds, folder
+    def __init__(self, preset: str, num_items: int, rounds: int, step: int, folder: Path) -> None:
+        self.settings, self.rounds, self.step, self.folder = load_settings(preset), rounds, step, folder
         model = self.settings.model
         self.items: dict[str, Item] = world.make_items(num_items, folder / "images", model.image.size)
         self.forms: dict[str, ModelSettings] = {
@@ -88,9 +87,9 @@ class Sized:
         return learn
 
     def training(self, form: str) -> tuple[Settings, Task]:
-        """Steps of PAIRS pairs that train all of the encoders."""
+        """Steps that train all of the encoders."""
         draw = "random" if form == "two" else "component"
-        train = {"pairs": PAIRS, "draw": draw, "steps": 10**6, "precision": "fp32"}
+        train = {"pairs": self.step, "draw": draw, "steps": 10**6, "precision": "fp32"}
         return Settings.model_validate({"model": self.forms[form].model_dump(), "train": train}), self.task(form)
 
     def published_steps(self) -> Iterator[object]:
@@ -110,12 +109,14 @@ def main() -> None:
     parser.add_argument("--preset", default="best", help="whose encoders (default best)")
     parser.add_argument("--items", type=int, default=96, help="of the data (default 96)")
     parser.add_argument("--runs", type=int, default=5, help="of each way, in turn (default 5)")
+    parser.add_argument("--step", type=int, default=reference.BATCH, help="pairs of a training step (default 4)")
     parser.add_argument("--rounds", type=int, default=1, help="of pairs, each item in two pairs a round (default 1)")
     arguments = parser.parse_args()
     # Gradients of random weights, not of trained ones, shrink to numbers that a CPU is slow with.
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
-        sized, runs = Sized(arguments.preset, arguments.items, arguments.rounds, Path(folder)), arguments.runs
+        runs, step = arguments.runs, arguments.step
+        sized = Sized(arguments.preset, arguments.items, arguments.rounds, step, Path(folder))
         pairs = arguments.rounds * arguments.items
         print(f"{'':<10}{'published':>12}{'ours':>12} {'':<10}{'ratio':>9}  (spread over {runs} runs)")
         published = sized.predicting("two")
@@ -124,10 +125,10 @@ def main() -> None:
         steps, ours = sized.published_steps(), sized.our_steps()
         for each in (steps, ours):
             next(each)
-        report("a step", "pairs/s", PAIRS, in_turn(runs, lambda: next(steps), lambda: next(ours)))
-        epoch = pairs // PAIRS
+        report("a step", "pairs/s", step, in_turn(runs, lambda: next(steps), lambda: next(ours)))
+        epoch = pairs // step
         seconds = in_turn(runs, lambda: [*islice(steps, epoch)], sized.fitting())
-        report("train", "pairs/s", epoch * PAIRS, seconds)
+        report("train", "pairs/s", epoch * step, seconds)
 
 
 if __name__ == "__main__":
