@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+import reference
 import torch
 import train_step
 from run import World, make_world, wait_for
@@ -163,6 +164,13 @@ class Bench:
     def usual(self) -> int:
         """Items a batch that `predict` takes on this device, or the most of `sizes`."""
         return min(batch_size(DataSettings(), self.settings.model, self.device), max(self.sizes.batches))
+
+    @cached_property
+    def forward_flops(self) -> int:
+        """Of a forward, counted in the published way's network, which folds and spares nothing."""
+        counted, inputs = reference.as_published(copy.deepcopy(self.made.model)), self.inputs(self.batch(1))
+        with torch.no_grad():
+            return flops(lambda: counted(*inputs[:2], None))
 
     def computing(self, precision: Precision) -> AbstractContextManager[None]:
         """As predict and train compute at a precision."""

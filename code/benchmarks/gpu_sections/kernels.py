@@ -20,7 +20,7 @@ FUSED = "aten::_scaled_dot_product_"  # what an attention is called that was cho
 MATH = "aten::_scaled_dot_product_attention_math"
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-SHOWN = 6  # kernels
+SHOWN = 12  # kernels
 PASSES: tuple[tuple[Precision, bool], ...] = (("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True))
 """(precision, whether gradients are asked for)."""
 

@@ -1,29 +1,34 @@
 """What could bring the encoders nearer to the device's limit: each way beside the plain one."""
 
-import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from run import attend_by, compile_blocks
 from timm.models.swin_transformer import WindowAttention
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from gpu_sections.bench import NEEDS_CUDA, Bench, Way, compare, prepared
 from gpu_sections.book import Page
-from gpu_sections.train import ours
+from gpu_sections.train import flops_an_item, ours
 from tongkuan.model.towers import TwoTowers
+from tongkuan.model.trunk import ItemModel
 from tongkuan.model.windows import FoldedWindows
 
 SMALL = 4  # items, where launching is what takes the time
 Forward = Callable[[], Tensor]
+Change = Callable[[Any], None]
+"""Of a network, where it is."""
 
 
 def near(bench: Bench, page: Page) -> None:
-    """In bf16: windows folded into heads, a pure bf16 network, CUDA graphs, compiled blocks."""
-    parts = {"windows": windows, "residual": residual, "CUDA graphs": graphs}
-    parts |= {"windows, training": learning_windows, "compiled blocks": compiled, "compiled, training": learning}
+    """In bf16: windows folded into heads, residual sums in bf16, CUDA graphs, compiled blocks, and both together."""
+    parts: dict[str, Callable[[Bench, Page], None]] = {"windows": windows, "CUDA graphs": graphs}
+    parts |= {"residual": partial(changed, name="bf16 residual", change=halve_norms)}
+    parts |= {"training": learning, "compiled blocks": compiled, "compiled, training": learning_compiled}
     for name, part in parts.items():
         if page.has_time(name):
             with page.trying(name):
@@ -44,11 +49,20 @@ def forward(bench: Bench, model: TwoTowers, size: int) -> Forward:
 
 def beside(bench: Bench, page: Page, name: str, plain: Forward, other: Forward, size: int) -> None:
     """Rows of both, and of how far the numbers of the second are from the first's."""
-    ways = {f"{name}: without": Way(plain, size, "bf16"), f"{name}: with": Way(other, size, "bf16")}
+    work = size * bench.forward_flops
+    ways = {f"{name}: without": Way(plain, size, "bf16", work), f"{name}: with": Way(other, size, "bf16", work)}
     compare(bench, page, "items/s", ways)
     one, two = plain().float(), other().float()
     worst, largest = float((one - two).abs().max()), float(one.abs().max())
     page.measured(f"{name}: largest difference", worst, note=f"largest number {largest:.3g}")
+
+
+def changed(bench: Bench, page: Page, name: str, change: Change) -> None:
+    """Embeddings by the network as predict has it, and with a change."""
+    plain, other = prepared(bench, "bf16"), prepared(bench, "bf16")
+    change(other)
+    size = bench.usual
+    beside(bench, page, name, forward(bench, plain, size), forward(bench, other, size), size)
 
 
 def windows(bench: Bench, page: Page) -> None:
@@ -59,15 +73,6 @@ def windows(bench: Bench, page: Page) -> None:
     beside(bench, page, "windows folded", plain, folded, bench.usual)
 
 
-def learning_windows(bench: Bench, page: Page) -> None:
-    """Training steps with windows by timm's way, as train has them, and folded."""
-    few = bench.sizes.pairs[0]
-    ways = {"training, bf16": ours(bench, 0, "bf16", pairs=few)}
-    fold = partial(attend_by, kind=AlwaysFolded)
-    ways["training, bf16, windows folded"] = ours(bench, 0, "bf16", change=fold, pairs=few)
-    compare(bench, page, "pairs/s", ways)
-
-
 class AlwaysFolded(FoldedWindows):
     """Folded where it learns, too."""
 
@@ -76,19 +81,30 @@ class AlwaysFolded(FoldedWindows):
         return True
 
 
-def residual(bench: Bench, page: Page) -> None:
-    """Norms and residual sums in bf16 too, which autocast leaves at fp32."""
-    pure, (images, *rest) = copy.deepcopy(bench.made.model), bench.inputs(bench.batch(bench.usual))
-    for encoder in (*pure.encoders("text"), *pure.encoders("image")):
-        encoder.to(torch.bfloat16)
+class HalvedNorm(nn.LayerNorm):
+    """A norm that gives 16 bits where autocast's gives 32: so residual sums are of 16 bits, too."""
 
-    def run() -> Tensor:
-        with torch.inference_mode():
-            found: Tensor = pure(images.to(torch.bfloat16), *rest)
-        return found
+    def forward(self, input: Tensor) -> Tensor:
+        """As nn.LayerNorm; sums within the norm are of 32 bits still."""
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            return layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
-    plain = forward(bench, prepared(bench, "bf16"), bench.usual)
-    beside(bench, page, "bf16 residual", plain, run, bench.usual)
+
+def halve_norms(model: ItemModel) -> None:
+    """Have the encoders' norms be HalvedNorm."""
+    for encoder in (*model.encoders("text"), *model.encoders("image")):
+        for module in encoder.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.__class__ = HalvedNorm
+
+
+def halve_and_compile(model: ItemModel, compiler: str) -> None:
+    """Both."""
+    halve_norms(model)
+    compile_blocks(model, compiler)
 
 
 def graphs(bench: Bench, page: Page) -> None:
@@ -116,26 +132,45 @@ def graphs(bench: Bench, page: Page) -> None:
     beside(bench, page, name, run, replay, SMALL)
 
 
-def compiled(bench: Bench, page: Page) -> None:
-    """Blocks compiled one by one: few graphs, since blocks of one kind share theirs."""
-    if lacks_compiler(bench, page, "compiled blocks"):
-        return
-    plain = forward(bench, prepared(bench, "bf16"), bench.usual)
-    model = prepared(bench, "bf16")
-    compile_blocks(model, bench.sizes.compiler)
-    other = forward(bench, model, bench.usual)
-    beside(bench, page, "compiled blocks", plain, other, bench.usual)
-
-
 def learning(bench: Bench, page: Page) -> None:
+    """Training steps with windows as predict has them, and with residual sums in bf16."""
+    changes = {"windows folded": partial(attend_by, kind=AlwaysFolded), "bf16 residual": halve_norms}
+    learn(bench, page, changes)
+
+
+def compiling(bench: Bench) -> dict[str, Change]:
+    """Blocks compiled one by one: few graphs, since blocks of one kind share theirs."""
+    compiler = bench.sizes.compiler
+    return {
+        "compiled blocks and bf16 residual": partial(halve_and_compile, compiler=compiler),
+        "compiled blocks": partial(compile_blocks, compiler=compiler),
+    }
+
+
+def compiled(bench: Bench, page: Page) -> None:
+    """Embeddings by compiled blocks."""
+    for name, change in compiling(bench).items():
+        if page.has_time(name) and not lacks_compiler(bench, page, name):
+            with page.trying(name):
+                changed(bench, page, name, change)
+
+
+def learning_compiled(bench: Bench, page: Page) -> None:
     """Training steps with compiled blocks."""
-    if lacks_compiler(bench, page, "compiled blocks, training"):
-        return
-    few = bench.sizes.pairs[0]
-    ways = {"training, bf16": ours(bench, 0, "bf16", pairs=few)}
-    change = partial(compile_blocks, compiler=bench.sizes.compiler)
-    ways["training, bf16, compiled blocks"] = ours(bench, 0, "bf16", change=change, pairs=few)
-    compare(bench, page, "pairs/s", ways)
+    if not lacks_compiler(bench, page, "compiled blocks, training"):
+        learn(bench, page, compiling(bench))
+
+
+def learn(bench: Bench, page: Page, changes: Mapping[str, Change]) -> None:
+    """Training steps as they are, then with each change, each alone on the device."""
+    few, base = bench.sizes.pairs[0], None
+    work = flops_an_item(bench, bench.sizes.published_pairs)
+    for name, change in {"as it is": None, **changes}.items():
+        name = f"training, bf16, {name}"
+        if page.has_time(name):
+            with page.trying(name):
+                rates = compare(bench, page, "pairs/s", {name: ours(bench, work, "bf16", change, pairs=few)}, base)
+                base = base or rates
 
 
 def lacks_compiler(bench: Bench, page: Page, name: str) -> bool:

@@ -9,7 +9,7 @@ import reference
 import torch
 from run import flops_of
 
-from gpu_sections.bench import ARITHMETICS, Bench, Way, arithmetic, compare, flops, prepared
+from gpu_sections.bench import ARITHMETICS, Bench, Way, arithmetic, compare, prepared
 from gpu_sections.book import Page
 from tongkuan.settings import Precision
 
@@ -52,7 +52,6 @@ def batches(bench: Bench, page: Page, way: Precision) -> None:
     ways = {}
     with arithmetic(way) as precision:
         model = prepared(bench, precision)
-    counted = reference.as_published(copy.deepcopy(bench.made.model))
 
     def forward(inputs: tuple[torch.Tensor | None, ...]) -> None:
         with torch.inference_mode(), bench.computing(precision):
@@ -60,7 +59,6 @@ def batches(bench: Bench, page: Page, way: Precision) -> None:
 
     for size in bench.sizes.batches:
         inputs = bench.inputs(bench.batch(size))
-        with torch.no_grad():
-            work = size * flops(lambda inputs=inputs: counted(inputs[0][:1], inputs[1][:1], None))
+        work = size * bench.forward_flops
         ways[f"forward alone, {way}, batch {size}"] = Way(lambda inputs=inputs: forward(inputs), size, way, work)
     compare(bench, page, "items/s", ways)
