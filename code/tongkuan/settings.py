@@ -179,6 +179,9 @@ class TrainSettings(Section):
     fp32. tf32 and fp16 are for GPUs: a CPU computes tf32 as fp32, and fp16 ten times slower."""
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
+    cuda_graphs: bool = False
+    """Play back the picture encoders' work on a GPU instead of launching it kernel by kernel: faster where a rank has
+    few pairs a step. It pads pictures to two a pair, which changes the last bits of the weights."""
     threads: Threads | None = None
     """Of a rank on a CPU; empty: its share of the cores. Their number changes the last bits of the weights."""
     learning_rate: Rate = 2e-6
@@ -189,7 +192,7 @@ class TrainSettings(Section):
     """Of the two linear layers; learning_rate when empty."""
     final_learning_rate: RateOrZero = 1e-7
     """Where the cosine ends."""
-    later: ClassVar[tuple[str, ...]] = ("encoders", "layer_decay", "negatives")
+    later: ClassVar[tuple[str, ...]] = ("encoders", "layer_decay", "negatives", "cuda_graphs")
     encoders: Annotated[str, AfterValidator(checked_encoders)] = "all"
     """What of the encoders learns: all of it, nothing (frozen), or the last N blocks of each (last-2) with what follows
     them. Frozen encoders without augmentation run once an item, at fp32: then steps take milliseconds."""

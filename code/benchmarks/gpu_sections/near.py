@@ -1,7 +1,8 @@
 """What could bring the encoders nearer to the device's limit: each way beside the plain one."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from gpu_sections.book import Page
 from gpu_sections.train import flops_an_item, ours
 from tongkuan.model.towers import TwoTowers
 from tongkuan.model.trunk import ItemModel
-from tongkuan.model.windows import FoldedWindows
+from tongkuan.model.windows import FoldedStage, FoldedWindows
 
 SMALL = 4  # items, where launching is what takes the time
 Forward = Callable[[], Tensor]
@@ -27,7 +28,7 @@ Change = Callable[[Any], None]
 def near(bench: Bench, page: Page) -> None:
     """In bf16: windows folded into heads, residual sums in bf16, CUDA graphs, compiled blocks, and both together."""
     parts: dict[str, Callable[[Bench, Page], None]] = {"windows": windows, "CUDA graphs": graphs}
-    parts |= {"residual": partial(changed, name="bf16 residual", change=halve_norms)}
+    parts |= {"cuDNN": cudnn, "residual": partial(changed, name="bf16 residual", change=halve_norms)}
     parts |= {"training": learning, "compiled blocks": compiled, "compiled, training": learning_compiled}
     for name, part in parts.items():
         if page.has_time(name):
@@ -65,12 +66,37 @@ def changed(bench: Bench, page: Page, name: str, change: Change) -> None:
     beside(bench, page, name, forward(bench, plain, size), forward(bench, other, size), size)
 
 
-def windows(bench: Bench, page: Page) -> None:
-    """Swin's windows by timm's way, and folded into heads, as predict has them."""
-    model = prepared(bench, "bf16")
+def unfold(model: nn.Module) -> None:
+    """Have Swin's windows and pixels go timm's way."""
     attend_by(model, WindowAttention)
-    plain, folded = (forward(bench, each, bench.usual) for each in (model, prepared(bench, "bf16")))
-    beside(bench, page, "windows folded", plain, folded, bench.usual)
+    for module in model.modules():
+        if isinstance(module, FoldedStage):
+            module.is_folded = False
+
+
+def windows(bench: Bench, page: Page) -> None:
+    """Swin by timm's way, and with windows and pixels folded, as predict has them."""
+    plain, folded = prepared(bench, "bf16"), prepared(bench, "bf16")
+    unfold(plain)
+    size = bench.usual
+    beside(bench, page, "windows folded", forward(bench, plain, size), forward(bench, folded, size), size)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Attention by torch's own kernels: cuDNN plans anew for each shape of a batch."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def cudnn(bench: Bench, page: Page) -> None:
+    """Embeddings with attention by cuDNN where torch chooses it, and without."""
+    run = forward(bench, prepared(bench, "bf16"), bench.usual)
+    beside(bench, page, "attention without cuDNN", run, without_cudnn()(run), bench.usual)
 
 
 class AlwaysFolded(FoldedWindows):
@@ -99,6 +125,8 @@ def halve_norms(model: ItemModel) -> None:
         for module in encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 module.__class__ = HalvedNorm
+                if not module.training:
+                    module.to(torch.bfloat16)
 
 
 def halve_and_compile(model: ItemModel, compiler: str) -> None:
@@ -133,9 +161,11 @@ def graphs(bench: Bench, page: Page) -> None:
 
 
 def learning(bench: Bench, page: Page) -> None:
-    """Training steps with windows as predict has them, and with residual sums in bf16."""
-    changes = {"windows folded": partial(attend_by, kind=AlwaysFolded), "bf16 residual": halve_norms}
-    learn(bench, page, changes)
+    """Training steps launched kernel by kernel, and played back: with windows as predict has them, with bf16 sums."""
+    learn(bench, page, {"timm's way": unfold})
+    learn(bench, page, {"windows folded": partial(attend_by, kind=AlwaysFolded), "bf16 residual": halve_norms}, True)
+    with without_cudnn():
+        learn(bench, page, {}, name="attention without cuDNN")
 
 
 def compiling(bench: Bench) -> dict[str, Change]:
@@ -161,15 +191,16 @@ def learning_compiled(bench: Bench, page: Page) -> None:
         learn(bench, page, compiling(bench))
 
 
-def learn(bench: Bench, page: Page, changes: Mapping[str, Change]) -> None:
+def learn(bench: Bench, page: Page, changes: Mapping[str, Change], graphs: bool = False, name: str = "plain") -> None:
     """Training steps as they are, then with each change, each alone on the device."""
     few, base = bench.sizes.pairs[0], None
     work = flops_an_item(bench, bench.sizes.published_pairs)
-    for name, change in {"as it is": None, **changes}.items():
-        name = f"training, bf16, {name}"
+    for way, change in {name: None, **changes}.items():
+        name = f"training, bf16, {way}{', CUDA graphs' if graphs else ''}"
         if page.has_time(name):
             with page.trying(name):
-                rates = compare(bench, page, "pairs/s", {name: ours(bench, work, "bf16", change, pairs=few)}, base)
+                steps = ours(bench, work, "bf16", change, pairs=few, cuda_graphs=graphs)
+                rates = compare(bench, page, "pairs/s", {name: steps}, base)
                 base = base or rates
 
 

@@ -48,15 +48,17 @@ def plan(bench: Bench) -> list[tuple[str, dict[str, Any]]]:
     """(arithmetic, settings) of what is timed; the first is what the others are set beside."""
     few, *others = bench.sizes.pairs
     found: list[tuple[str, dict[str, Any]]] = [(way, {"pairs": few}) for way in ("fp32", "tf32", "bf16")]
-    found += [("bf16", {"pairs": few, "draw": "component"}), ("bf16", {"pairs": few, "checkpoint_activations": True})]
+    found += [("bf16", {"pairs": few, "cuda_graphs": True}), ("bf16", {"pairs": few, "draw": "component"})]
     found += [("bf16", {"pairs": pairs}) for pairs in others]
+    found += [("bf16", {"pairs": few, "checkpoint_activations": True})]
     return [*found, *(("bf16", {"pairs": pairs, "checkpoint_activations": True}) for pairs in others)]
 
 
 def described(options: dict[str, Any]) -> str:
     """Settings in words."""
     draw = f", draw {options['draw']}" if "draw" in options else ""
-    return f"{options['pairs']} pairs{draw}{', recomputing' if 'checkpoint_activations' in options else ''}"
+    graphs = ", CUDA graphs" if "cuda_graphs" in options else ""
+    return f"{options['pairs']} pairs{draw}{graphs}{', recomputing' if 'checkpoint_activations' in options else ''}"
 
 
 def trainer(bench: Bench, **options: Any) -> tuple[train_step.Bench, Settings]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from tongkuan.learn.augment import augment
 from tongkuan.learn.batches import Part
 from tongkuan.learn.dataloader import Loaded
 from tongkuan.learn.features import FeatureBatch, Joining
+from tongkuan.learn.recorded import record_encoders
 from tongkuan.model.blocks import numbered
 from tongkuan.model.towers import pair_logits
 from tongkuan.model.trunk import ItemModel, Kind
@@ -55,6 +56,11 @@ def encoder_groups(model: ItemModel, kind: Kind, peak: float, settings: TrainSet
     return [{"params": by_peak[own], "peak": own} for own in sorted(by_peak, reverse=True)]
 
 
+def learn(encoders: Sequence[nn.Module]) -> bool:
+    """Whether there is something in each that learns."""
+    return bool(encoders) and all(any(each.requires_grad for each in encoder.parameters()) for encoder in encoders)
+
+
 class TrainStep:
     """Model, optimiser and scaler, and what one step does to them."""
 
@@ -63,6 +69,9 @@ class TrainStep:
         self.optimizer = make_optimizer(model, settings.train)
         self.precision = chosen_precision(settings.train.precision, ranks)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
+        if settings.train.cuda_graphs and self.device.type == "cuda" and learn(model.encoders("image")):
+            count = 2 * settings.train.pairs // ranks.world_size
+            record_encoders(model, count, settings.model.image.size, self.precision, self.device)
         self.wrapped: nn.Module = Joining(model) if settings.train.reuses_features else model
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
         """Since when steps are counted, seconds that they have stood still for their input, and how many they are."""

@@ -92,12 +92,18 @@ def open_training(settings: Settings, data_dir: Path) -> Iterator[tuple[Settings
 
 
 def check_batch(settings: TrainSettings, ranks: Ranks) -> None:
-    """UserError when the global batch cannot be dealt evenly."""
+    """UserError when the global batch cannot be dealt evenly, or not be learned from in the way asked for."""
     share = ranks.world_size * settings.accumulate
     if settings.pairs % share:
         raise UserError(
             f"train.pairs={settings.pairs} over {ranks.world_size} ranks x {settings.accumulate} parts is uneven; "
             f"make it a multiple of {share}"
+        )
+    if settings.cuda_graphs and (settings.accumulate > 1 or settings.checkpoint_activations):
+        other = "accumulate" if settings.accumulate > 1 else "checkpoint_activations"
+        raise UserError(
+            f"train.cuda_graphs=true cannot be together with train.{other}={getattr(settings, other)}; leave one of "
+            "them out"
         )
 
 
