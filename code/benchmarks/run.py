@@ -21,12 +21,11 @@ import numpy as np
 import reference
 import torch
 import world
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import WindowAttention
 from tokenizers import Tokenizer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 from turns import in_turn, report
 
 from tongkuan.base.machine import available_cores
@@ -43,15 +42,16 @@ from tongkuan.encode.encode import (
 )
 from tongkuan.encode.store import ItemStore, normalised
 from tongkuan.model.encoders import character_tokenizer, text_config_of
+from tongkuan.model.halves import compile_blocks
 from tongkuan.model.modelfile import ModelCard, save_model
 from tongkuan.model.towers import TwoTowers, build
+from tongkuan.ranks.arithmetic import DTYPES
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Item, Pair, info_row, item_file, pair_file, pair_row
 from tongkuan.records.result import read_predictions
 from tongkuan.result.predict import format_rows, predict, write_result
 from tongkuan.settings import DataSettings, ModelSettings, Precision
 
-GRAPHS = 64  # at most, of the code that all blocks of an encoder share
 ROWS = 16_000  # of the writing benchmark, of 1,024 numbers a side
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -62,11 +62,6 @@ def multiply_rate(
     """GFLOP/s of a square matrix multiplication over all cores or on a GPU: the machine's own limit."""
     left, right = torch.rand(2, size, size, device=device).to(dtype)
     return 2 * size**3 * times_a_second(lambda: left @ right, device, seconds) / 1e9
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """Of the factors of a product."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def times_a_second(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
@@ -154,15 +149,6 @@ def bench_predict(made: World, runs: int, precision: Precision, folder: Path) ->
     print(f"{'':<10}largest difference of a number {largest_difference(found['published'], found['ours']):.1e}")
 
 
-def compile_blocks(model: nn.Module, compiler: str = "inductor") -> None:
-    """Have each layer of BERT and each block of Swin compiled when it is first run: those of one kind share a graph."""
-    torch._dynamo.config.recompile_limit = GRAPHS
-    for module in model.modules():
-        if isinstance(module, SwinTransformerBlock | GradientCheckpointingLayer):
-            # Texts have many widths; pictures have one, and of batches the last is another size.
-            module.compile(backend=compiler, dynamic=True if isinstance(module, GradientCheckpointingLayer) else None)
-
-
 def bench_compile(made: World, runs: int, folder: Path) -> None:
     """Our way as it is, and with its encoders' blocks compiled; compiling itself is told apart."""
     compiled = copy.deepcopy(made.model)
@@ -242,7 +228,7 @@ def profile_predict(made: World, precision: Precision, folder: Path) -> None:
     timed("write", lambda: write_result(folder / "ours", format_rows(made.pairs, embeddings, 0.0)))()
     wall = time.perf_counter() - started
     print(f"wall {wall:.2f} s; " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in spent.items()))
-    limit, rate = multiply_rate(dtype_of(precision)), flops_of(made) / (spent["encoders"] / lanes) / 1e9
+    limit, rate = multiply_rate(DTYPES[precision]), flops_of(made) / (spent["encoders"] / lanes) / 1e9
     print(f"encoders: {spent['encoders'] / lanes / wall:.0%} of the wall time of {lanes} cores, ", end="")
     print(f"{rate:.0f} GFLOP/s, {rate / limit:.0%} of a {precision} matrix multiplication's {limit:.0f}")
     ids = length_batches(store, item_ids, batch_size(DataSettings(), world.SETTINGS, ALONE.device))[0]

@@ -71,7 +71,7 @@ def test_a_section_compares_verdicts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert gpu.main([*WORDS, str(tmp_path / "out"), "--only", "right"]) == 0
     rows = rows_of(tmp_path / "out", capsys.readouterr().out)
     verdicts = {row["name"].split(":")[0]: row["value"] for row in rows if row["unit"] == "verdicts"}
-    assert [*verdicts] == ["tf32", "bf16", "bf16, head halved", "fp16", "fp16, head halved"]
+    assert [*verdicts] == ["tf32", "bf16", "bf16, head halved", "fp16", "fp16, head halved", "bf16-residual"]
     assert verdicts["tf32"] == 0, "on a CPU it is fp32"
 
 

@@ -14,7 +14,7 @@ from tongkuan.records.attributes import TEN_KEYS, AttributeStyle
 
 ONE_TOWER_CONSTANTS = 2  # numbers of q that are no part's
 ONE_TOWER_PRESENCES = 10  # numbers of p at most that are no key's
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "bf16-residual", "bf16-compiled"]
 Inputs = Literal["both", "text", "image"]
 Towers = Literal["two", "shared", "one"]
 Scalar = bool | int | float | str
@@ -176,7 +176,8 @@ class TrainSettings(Section):
     """Parts that a rank's share of the batch is run in, one after another."""
     precision: Precision | None = None
     """Arithmetic of the encoders; weights, heads and loss stay fp32. Empty: bf16 on a GPU that multiplies it, else
-    fp32. tf32 and fp16 are for GPUs: a CPU computes tf32 as fp32, and fp16 ten times slower."""
+    fp32. Those that begin with bf16 differ in speed on a GPU, see training.md. tf32 and fp16 are for GPUs: a CPU
+    computes tf32 as fp32, and fp16 ten times slower."""
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     cuda_graphs: bool = False

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import reference
 import torch
@@ -45,7 +45,9 @@ TINY = (
     "model.image.arguments={img_size: 32, window_size: 4, embed_dim: 8, depths: [2, 1], num_heads: [2, 2]}",
     "model.embedding_size=16",
 )
-ARITHMETICS: tuple[Precision, ...] = get_args(Precision)
+ARITHMETICS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
+BEYOND: tuple[Precision, ...] = ("bf16-residual", "bf16-compiled")
+"""Multiplied as bf16."""
 NEEDS_CUDA = "needs CUDA; this is a CPU"
 
 
@@ -253,8 +255,9 @@ def compare(
 
 def shares(bench: Bench, way: Way, rates: Sequence[float]) -> str:
     """How near a way comes to a matrix multiplication's rate, in words; nothing where that was not measured."""
-    limit = bench.rates.get(way.arithmetic)
+    arithmetic = way.arithmetic.split("-")[0]
+    limit = bench.rates.get(arithmetic)
     if not way.flops or not limit:
         return ""
     reached = statistics.median(rates) / way.amount * way.flops
-    return f"{reached / 1e12:.3g} TFLOP/s, {reached / limit:.0%} of the {way.arithmetic} matrix multiplication"
+    return f"{reached / 1e12:.3g} TFLOP/s, {reached / limit:.0%} of the {arithmetic} matrix multiplication"

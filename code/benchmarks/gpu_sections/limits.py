@@ -5,11 +5,12 @@ import subprocess
 import time
 
 import torch
-from run import dtype_of, multiply_rate, times_a_second
+from run import multiply_rate, times_a_second
 
 from gpu_sections.bench import ARITHMETICS, NEEDS_CUDA, Bench, arithmetic
 from gpu_sections.book import Page
 from tongkuan.base.machine import processor_of
+from tongkuan.ranks.arithmetic import DTYPES
 
 ASKED = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
@@ -28,7 +29,7 @@ def limits(bench: Bench, page: Page) -> None:
             page.not_measured(name, NEEDS_CUDA)
             continue
         with page.trying(name), arithmetic(way):
-            rate = multiply_rate(dtype_of(way), size, bench.device, bench.sizes.seconds)
+            rate = multiply_rate(DTYPES[way], size, bench.device, bench.sizes.seconds)
             bench.rates[way] = 1e9 * rate
             page.measured(name, rate / 1000, "TFLOP/s")
     copies(bench, page)

@@ -1,36 +1,32 @@
 """What could bring the encoders nearer to the device's limit: each way beside the plain one."""
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from run import attend_by, compile_blocks
+from run import attend_by
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 from gpu_sections.bench import NEEDS_CUDA, Bench, Way, compare, prepared
 from gpu_sections.book import Page
 from gpu_sections.train import flops_an_item, ours
+from tongkuan.base.errors import UserError
+from tongkuan.model.halves import check_compiler, compile_blocks
 from tongkuan.model.towers import TwoTowers
-from tongkuan.model.trunk import ItemModel
 from tongkuan.model.windows import FoldedStage, FoldedWindows
+from tongkuan.settings import Precision
 
 SMALL = 4  # items, where launching is what takes the time
 Forward = Callable[[], Tensor]
-Change = Callable[[Any], None]
-"""Of a network, where it is."""
 
 
 def near(bench: Bench, page: Page) -> None:
-    """In bf16: windows folded into heads, residual sums in bf16, CUDA graphs, compiled blocks, and both together."""
-    parts: dict[str, Callable[[Bench, Page], None]] = {"windows": windows, "CUDA graphs": graphs}
-    parts |= {"cuDNN": cudnn, "residual": partial(changed, name="bf16 residual", change=halve_norms)}
-    parts |= {"training": learning, "compiled blocks": compiled, "compiled, training": learning_compiled}
-    for name, part in parts.items():
+    """In bf16: Swin's windows folded, CUDA graphs, attention without cuDNN, residual sums in bf16, compiled blocks."""
+    parts = {"windows": windows, "CUDA graphs": graphs, "cuDNN": cudnn, "residual": residual, "training": learning}
+    for name, part in (parts | {"compiled blocks": compiled, "compiled blocks, training": learning_compiled}).items():
         if page.has_time(name):
             with page.trying(name):
                 part(bench, page)
@@ -58,10 +54,8 @@ def beside(bench: Bench, page: Page, name: str, plain: Forward, other: Forward, 
     page.measured(f"{name}: largest difference", worst, note=f"largest number {largest:.3g}")
 
 
-def changed(bench: Bench, page: Page, name: str, change: Change) -> None:
-    """Embeddings by the network as predict has it, and with a change."""
-    plain, other = prepared(bench, "bf16"), prepared(bench, "bf16")
-    change(other)
+def networks(bench: Bench, page: Page, name: str, plain: TwoTowers, other: TwoTowers) -> None:
+    """Embeddings by two networks."""
     size = bench.usual
     beside(bench, page, name, forward(bench, plain, size), forward(bench, other, size), size)
 
@@ -76,17 +70,29 @@ def unfold(model: nn.Module) -> None:
 
 def windows(bench: Bench, page: Page) -> None:
     """Swin by timm's way, and with windows and pixels folded, as predict has them."""
-    plain, folded = prepared(bench, "bf16"), prepared(bench, "bf16")
+    plain = prepared(bench, "bf16")
     unfold(plain)
-    size = bench.usual
-    beside(bench, page, "windows folded", forward(bench, plain, size), forward(bench, folded, size), size)
+    networks(bench, page, "windows folded", plain, prepared(bench, "bf16"))
+
+
+def residual(bench: Bench, page: Page) -> None:
+    """Residual sums at fp32 and in bf16."""
+    networks(bench, page, "bf16-residual", prepared(bench, "bf16"), prepared(bench, "bf16-residual"))
+
+
+def compiled(bench: Bench, page: Page) -> None:
+    """Blocks compiled one by one, residual sums in bf16 with both."""
+    if has_compiler(bench, page, "bf16-compiled"):
+        other = prepared(bench, "bf16-residual")
+        compile_blocks(other, bench.sizes.compiler)
+        networks(bench, page, "bf16-compiled", prepared(bench, "bf16-residual"), other)
 
 
 @contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Attention by torch's own kernels: cuDNN plans anew for each shape of a batch."""
+def with_cudnn() -> Iterator[None]:
+    """Attention by cuDNN where torch chooses it."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     try:
         yield
     finally:
@@ -94,45 +100,9 @@ def without_cudnn() -> Iterator[None]:
 
 
 def cudnn(bench: Bench, page: Page) -> None:
-    """Embeddings with attention by cuDNN where torch chooses it, and without."""
+    """Embeddings with attention by torch's own kernels, and by cuDNN."""
     run = forward(bench, prepared(bench, "bf16"), bench.usual)
-    beside(bench, page, "attention without cuDNN", run, without_cudnn()(run), bench.usual)
-
-
-class AlwaysFolded(FoldedWindows):
-    """Folded where it learns, too."""
-
-    def folds(self) -> bool:
-        """As FoldedWindows."""
-        return True
-
-
-class HalvedNorm(nn.LayerNorm):
-    """A norm that gives 16 bits where autocast's gives 32: so residual sums are of 16 bits, too."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As nn.LayerNorm; sums within the norm are of 32 bits still."""
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
-            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-            return layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
-
-
-def halve_norms(model: ItemModel) -> None:
-    """Have the encoders' norms be HalvedNorm."""
-    for encoder in (*model.encoders("text"), *model.encoders("image")):
-        for module in encoder.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.__class__ = HalvedNorm
-                if not module.training:
-                    module.to(torch.bfloat16)
-
-
-def halve_and_compile(model: ItemModel, compiler: str) -> None:
-    """Both."""
-    halve_norms(model)
-    compile_blocks(model, compiler)
+    beside(bench, page, "attention by cuDNN", run, with_cudnn()(run), bench.usual)
 
 
 def graphs(bench: Bench, page: Page) -> None:
@@ -160,53 +130,59 @@ def graphs(bench: Bench, page: Page) -> None:
     beside(bench, page, name, run, replay, SMALL)
 
 
+class AlwaysFolded(FoldedWindows):
+    """Folded where it learns, too."""
+
+    def folds(self) -> bool:
+        """As FoldedWindows."""
+        return True
+
+
 def learning(bench: Bench, page: Page) -> None:
-    """Training steps launched kernel by kernel, and played back: with windows as predict has them, with bf16 sums."""
-    learn(bench, page, {"timm's way": unfold})
-    learn(bench, page, {"windows folded": partial(attend_by, kind=AlwaysFolded), "bf16 residual": halve_norms}, True)
-    with without_cudnn():
-        learn(bench, page, {}, name="attention without cuDNN")
-
-
-def compiling(bench: Bench) -> dict[str, Change]:
-    """Blocks compiled one by one: few graphs, since blocks of one kind share theirs."""
-    compiler = bench.sizes.compiler
-    return {
-        "compiled blocks and bf16 residual": partial(halve_and_compile, compiler=compiler),
-        "compiled blocks": partial(compile_blocks, compiler=compiler),
-    }
-
-
-def compiled(bench: Bench, page: Page) -> None:
-    """Embeddings by compiled blocks."""
-    for name, change in compiling(bench).items():
-        if page.has_time(name) and not lacks_compiler(bench, page, name):
-            with page.trying(name):
-                changed(bench, page, name, change)
+    """Training steps, all but the first played back: pixels timm's way, windows as predict has them, bf16 sums."""
+    with with_cudnn():
+        learn(bench, page, "attention by cuDNN")
+    base = learn(bench, page, "bf16")
+    learn(bench, page, "bf16, CUDA graphs", base, cuda_graphs=True)
+    learn(bench, page, "bf16, CUDA graphs, timm's way", base, change=unfold, cuda_graphs=True)
+    fold = partial(attend_by, kind=AlwaysFolded)
+    learn(bench, page, "bf16, CUDA graphs, windows folded", base, change=fold, cuda_graphs=True)
+    learn(bench, page, "bf16-residual, CUDA graphs", base, "bf16-residual", cuda_graphs=True)
 
 
 def learning_compiled(bench: Bench, page: Page) -> None:
-    """Training steps with compiled blocks."""
-    if not lacks_compiler(bench, page, "compiled blocks, training"):
-        learn(bench, page, compiling(bench))
+    """Training steps with compiled blocks, launched and played back."""
+    if has_compiler(bench, page, "bf16-compiled, training"):
+        base = learn(bench, page, "bf16-residual", way="bf16-residual")
+        change = partial(compile_blocks, compiler=bench.sizes.compiler)
+        learn(bench, page, "bf16-compiled", base, "bf16-residual", change)
+        learn(bench, page, "bf16-compiled, CUDA graphs", base, "bf16-residual", change, cuda_graphs=True)
 
 
-def learn(bench: Bench, page: Page, changes: Mapping[str, Change], graphs: bool = False, name: str = "plain") -> None:
-    """Training steps as they are, then with each change, each alone on the device."""
-    few, base = bench.sizes.pairs[0], None
-    work = flops_an_item(bench, bench.sizes.published_pairs)
-    for way, change in {name: None, **changes}.items():
-        name = f"training, bf16, {way}{', CUDA graphs' if graphs else ''}"
-        if page.has_time(name):
-            with page.trying(name):
-                steps = ours(bench, work, "bf16", change, pairs=few, cuda_graphs=graphs)
-                rates = compare(bench, page, "pairs/s", {name: steps}, base)
-                base = base or rates
+def learn(
+    bench: Bench,
+    page: Page,
+    name: str,
+    base: list[float] | None = None,
+    way: Precision = "bf16",
+    change: Callable[[Any], Any] | None = None,
+    cuda_graphs: bool = False,
+) -> list[float] | None:
+    """A row on training steps, beside the rates of `base`; their own rates."""
+    if page.has_time(f"training, {name}"):
+        with page.trying(f"training, {name}"):
+            work, few = flops_an_item(bench, bench.sizes.published_pairs), bench.sizes.pairs[0]
+            steps = ours(bench, work, way, change, pairs=few, cuda_graphs=cuda_graphs)
+            return compare(bench, page, "pairs/s", {f"training, {name}": steps}, base)
+    return None
 
 
-def lacks_compiler(bench: Bench, page: Page, name: str) -> bool:
-    """Whether there is no C compiler, which torch's compiler calls; a row then says so."""
-    if bench.sizes.compiler != "inductor" or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
+def has_compiler(bench: Bench, page: Page, name: str) -> bool:
+    """Whether there is a C compiler; if not, a row says so."""
+    try:
+        if bench.sizes.compiler == "inductor":
+            check_compiler(bench.device)
+    except UserError as error:
+        page.not_measured(name, str(error))
         return False
-    page.not_measured(name, "no C compiler here (gcc); the image has none")
     return True

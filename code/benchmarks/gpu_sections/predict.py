@@ -18,7 +18,7 @@ def predict(bench: Bench, page: Page) -> None:
     """All of it, from files to a result, then what the device does alone."""
     with page.trying("predict"):
         whole(bench, page)
-    for way in ("bf16", "fp16", "tf32"):
+    for way in ("bf16", "bf16-residual", "fp16", "tf32"):
         if page.has_time(f"forward alone, {way}"):
             with page.trying(f"forward alone, {way}"):
                 batches(bench, page, way)
@@ -32,7 +32,7 @@ def whole(bench: Bench, page: Page) -> None:
     ways = {
         "published way, fp32": Way(lambda: few.published(published, out / "published"), len(few.pairs)),
     }
-    for way in ARITHMETICS:
+    for way in (*ARITHMETICS, "bf16-residual"):
         ways[f"ours, {way}"] = Way(
             ours(bench, way, out / way), len(made.pairs), way, work, lambda: f"batches of {bench.usual}"
         )

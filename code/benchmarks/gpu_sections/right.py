@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from run import dtype_of
 
 from gpu_sections.bench import ARITHMETICS, Bench, arithmetic, prepared
 from gpu_sections.book import Page, free
@@ -15,6 +14,7 @@ from tongkuan.learn.dataloader import load_parts
 from tongkuan.learn.features import RawFeatures
 from tongkuan.learn.step import TrainStep
 from tongkuan.model.towers import checkpoint_activations
+from tongkuan.ranks.arithmetic import DTYPES
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
 from tongkuan.settings import DataSettings, Precision
@@ -55,7 +55,7 @@ def verdicts(bench: Bench, page: Page) -> None:
     """Verdicts at the median score that differ from fp32's, with the head in fp32 and halved as well."""
     pairs = [Pair(*sides) for sides in two_each(list(bench.made.items))]
     exact: NDArray[np.float64] | None = None
-    for way in ARITHMETICS:
+    for way in (*ARITHMETICS, "bf16-residual"):
         for is_halved in (False, True) if way in ("bf16", "fp16") else (False,):
             name = f"{way}{', head halved' if is_halved else ''}: verdicts that differ"
             if not page.has_time(name):
@@ -86,7 +86,7 @@ def embeddings(bench: Bench, way: Precision, is_halved: bool) -> dict[str, Embed
             RawFeatures(model), bench.made.store(), list(bench.made.items), DataSettings(), bench.ranks, precision
         )
         raw = torch.from_numpy(np.stack([*rows.values()])).to(bench.device)
-        found = joined(bench, raw, dtype_of(way) if is_halved else torch.float32)
+        found = joined(bench, raw, DTYPES[way] if is_halved else torch.float32)
     return dict(zip(rows, found, strict=True))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from tongkuan.learn.dataloader import Task, load_parts
 from tongkuan.learn.run import Run
 from tongkuan.learn.step import TrainStep
 from tongkuan.model.towers import build
-from tongkuan.settings import Precision, Settings
+from tongkuan.settings import Settings
 
 SHALLOW = {"depths": [2, 2, 2, 2]}  # of Swin: every kernel of the whole network, in a third of its time and state
 LAYERS = {"num_hidden_layers": 2}
@@ -59,27 +60,28 @@ class Learning:
 
 
 def same_bytes(bench: Bench, page: Page) -> None:
-    """At bf16 and fp32, then with deterministic algorithms only."""
+    """At bf16, fp32 and bf16 played back; of each again, resumed, in a group, and by deterministic algorithms only."""
     values = bench.settings.model.model_dump()
     values["text"]["config"] |= LAYERS
     if bench.settings.model.image.architecture.startswith("swin_large"):
         values["image"]["arguments"] |= SHALLOW
     model = type(bench.settings.model).model_validate(values)
     task = train_step.make_task(model, bench.made.items, bench.made.images)
-    precisions: tuple[Precision, ...] = ("bf16", "fp32")
-    for precision in precisions:
-        train = bench.settings.train.model_copy(update={"precision": precision})
+    ways: dict[str, dict[str, Any]] = {"bf16": {"precision": "bf16"}, "fp32": {"precision": "fp32"}}
+    ways["bf16, CUDA graphs"] = {"precision": "bf16", "cuda_graphs": True}
+    for way, options in ways.items():
+        train = bench.settings.train.model_copy(update=options)
         learning = Learning(bench, task, bench.settings.model_copy(update={"model": model, "train": train}))
-        with page.trying(precision), arithmetic(precision):
+        with page.trying(way), arithmetic(train.precision or "fp32"):
             plain = learning.steps()
-            compared(page, f"{precision}: again", plain, learning)
-            if page.has_time(f"{precision}: resumed"):
-                resumed(bench, page, f"{precision}: resumed", plain, learning)
-            if page.has_time(f"{precision}: a rank of one in a group"):
-                with group_of_one(bench, precision):
-                    compared(page, f"{precision}: a rank of one in a group", plain, learning, in_group=True)
-            if page.has_time(f"{precision}: deterministic"):
-                deterministic(page, f"{precision}: deterministic", learning)
+            compared(page, f"{way}: again", plain, learning)
+            if page.has_time(f"{way}: resumed"):
+                resumed(bench, page, f"{way}: resumed", plain, learning)
+            if page.has_time(f"{way}: a rank of one in a group"):
+                with group_of_one(bench, way):
+                    compared(page, f"{way}: a rank of one in a group", plain, learning, in_group=True)
+            if page.has_time(f"{way}: deterministic"):
+                deterministic(page, f"{way}: deterministic", learning)
 
 
 def compared(page: Page, name: str, plain: dict[str, Tensor], learning: Learning, in_group: bool = False) -> None:

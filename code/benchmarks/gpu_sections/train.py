@@ -48,7 +48,8 @@ def plan(bench: Bench) -> list[tuple[str, dict[str, Any]]]:
     """(arithmetic, settings) of what is timed; the first is what the others are set beside."""
     few, *others = bench.sizes.pairs
     found: list[tuple[str, dict[str, Any]]] = [(way, {"pairs": few}) for way in ("fp32", "tf32", "bf16")]
-    found += [("bf16", {"pairs": few, "cuda_graphs": True}), ("bf16", {"pairs": few, "draw": "component"})]
+    found += [(way, {"pairs": few, "cuda_graphs": True}) for way in ("bf16", "bf16-residual")]
+    found += [("bf16", {"pairs": few, "draw": "component"})]
     found += [("bf16", {"pairs": pairs}) for pairs in others]
     found += [("bf16", {"pairs": few, "checkpoint_activations": True})]
     return [*found, *(("bf16", {"pairs": pairs, "checkpoint_activations": True}) for pairs in others)]
@@ -120,7 +121,8 @@ def flops_an_item(bench: Bench, pairs: int) -> float:
 def memory(bench: Bench, page: Page) -> None:
     """The peak that `train --dry-run` finds by its probe beside that of the steps after it."""
     few, *others = bench.sizes.pairs
-    ways: list[tuple[str, dict[str, Any]]] = [("fp32", {"pairs": few}), ("bf16", {"pairs": few})]
+    ways: list[tuple[Precision, dict[str, Any]]] = [("fp32", {"pairs": few}), ("bf16", {"pairs": few})]
+    ways += [("bf16", {"pairs": few, "cuda_graphs": True})]
     ways += [("bf16", {"pairs": max(others), "checkpoint_activations": True})]
     for way, options in ways:
         name = f"{way}, {described(options)}"

@@ -89,7 +89,7 @@ def processor_of(device: "torch.device") -> str:
 
 
 def multiplies(precision: str, device: "torch.device") -> bool:
-    """Whether matrices of `precision` ("fp32", "tf32", "bf16", "fp16") are multiplied by instructions made for them.
+    """Whether matrices of `precision` ("fp32", "tf32", "bf16…", "fp16") are multiplied by instructions made for them.
 
     A CPU without them gets there number by number: a hundred times slower than fp32. GPUs have had bf16 and TF32 since
     Ampere, and fp16 for longer.
@@ -101,7 +101,7 @@ def multiplies(precision: str, device: "torch.device") -> bool:
     if device.type == "cuda":
         return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in HALF_INSTRUCTIONS.get(precision, ()))
+    return any(capabilities.get(name) for name in HALF_INSTRUCTIONS.get(precision.split("-")[0], ()))
 
 
 def keep_freed_memory(device: "torch.device | None" = None) -> None:

@@ -148,7 +148,7 @@ PRECISION = Option(
     None,
     "of the encoders (default: bf16 on a GPU that multiplies it, else fp32)",
     type=str,
-    more={"choices": ("fp32", "tf32", "bf16", "fp16")},
+    more={"choices": ("fp32", "tf32", "bf16", "fp16", "bf16-residual", "bf16-compiled")},
 )
 ENCODE_BATCH = Option(
     "--encode-batch", "encode_batch", "N", "items a batch (default: by device and picture)", type=Whole(1, 65_536)

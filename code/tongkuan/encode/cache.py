@@ -39,6 +39,7 @@ SOURCES = (
     "model/colour",
     "model/encoders",
     "model/first_token",
+    "model/halves",
     "model/kept",
     "model/norms",
     "model/one",

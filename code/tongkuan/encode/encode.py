@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tongkuan.base.machine import available_cores, keep_freed_memory, multiplies
 from tongkuan.encode.cache import Cache
 from tongkuan.encode.store import Batch, ItemStore, background, normalised, prefetch
+from tongkuan.model.halves import arrange
 from tongkuan.model.towers import halve_weights, pair_scores
 from tongkuan.ranks.arithmetic import DTYPES, HALVES, computed_at
 from tongkuan.ranks.group import Ranks
@@ -64,6 +65,7 @@ def chosen_precision(asked: Precision | None, ranks: Ranks) -> Precision:
 def prepare(model: nn.Module, device: torch.device, precision: Precision) -> None:
     """Bring a model that is only to encode to its device and precision."""
     keep_freed_memory(device)
+    arrange(model, device, precision)
     if precision in HALVES:
         halve_weights(model, DTYPES[precision])
     model.to(device)

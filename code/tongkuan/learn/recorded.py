@@ -33,6 +33,8 @@ def record_encoders(model: ItemModel, count: int, side: int, precision: Precisio
         # Kept casts of weights would be those of now for ever.
         torch.autocast(device.type, DTYPES[precision], precision in HALVES, cache_enabled=False),
     ):
+        # Autograd keeps to the recording's stream, and would say at every run that it must wait for it.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         torch.cuda.make_graphed_callables(tuple(encoders), ((images,),) * len(encoders), allow_unused_input=True)
     model.train(was_training)
     for encoder, forward in zip(encoders, plain, strict=True):

@@ -18,6 +18,7 @@ from tongkuan.learn.dataloader import Loaded
 from tongkuan.learn.features import FeatureBatch, Joining
 from tongkuan.learn.recorded import record_encoders
 from tongkuan.model.blocks import numbered
+from tongkuan.model.halves import arrange
 from tongkuan.model.towers import pair_logits
 from tongkuan.model.trunk import ItemModel, Kind
 from tongkuan.ranks.arithmetic import tf32
@@ -68,6 +69,7 @@ class TrainStep:
         self.model, self.settings, self.device = model, settings, ranks.device
         self.optimizer = make_optimizer(model, settings.train)
         self.precision = chosen_precision(settings.train.precision, ranks)
+        arrange(model, self.device, self.precision)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         if settings.train.cuda_graphs and self.device.type == "cuda" and learn(model.encoders("image")):
             count = 2 * settings.train.pairs // ranks.world_size

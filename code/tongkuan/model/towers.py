@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tongkuan.model.encoders import build_image, build_text
 from tongkuan.model.first_token import read_first_token
+from tongkuan.model.halves import HalvedNorm
 from tongkuan.model.kept import Keeps
 from tongkuan.model.one import OneTower
 from tongkuan.model.trunk import ItemModel, Trunk, takes_ready_mask
@@ -145,7 +146,7 @@ def halve_weights(model: nn.Module, dtype: torch.dtype) -> None:
     for trunk in (module for module in model.modules() if isinstance(module, Trunk)):
         for encoder in (trunk.text, trunk.image):
             for module in encoder.modules() if encoder is not None else ():
-                if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, Keeps):
+                if isinstance(module, nn.Linear | nn.Conv2d | HalvedNorm) and not isinstance(module, Keeps):
                     module.to(dtype)
 
 

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 import torch
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HALVES = ("bf16", "fp16")  # precisions of 16 bits, to which weights and activations are rounded
+DTYPES |= {"bf16-residual": torch.bfloat16, "bf16-compiled": torch.bfloat16}  # see model/halves.py
+HALVES = tuple(name for name, dtype in DTYPES.items() if dtype != torch.float32)
+"""Precisions of 16 bits, to which weights and activations are rounded."""
 
 
 def set_arithmetic() -> None:
@@ -20,6 +22,8 @@ def set_arithmetic() -> None:
     set_tf32(False, False)
     torch.backends.cudnn.benchmark = False  # would choose kernels by the clock
     torch.backends.cudnn.deterministic = True
+    # cuDNN plans its attention anew for each shape, and texts have many; its backward has no one order of sums.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Parts of a long sum of halves are added at fp32.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -47,7 +51,7 @@ def tf32(is_on: bool) -> Iterator[None]:
 
 @contextmanager
 def computed_at(precision: str, device: torch.device) -> Iterator[None]:
-    """Products inside are computed at "fp32", "tf32" (on a CPU: as fp32), "bf16" or "fp16", whatever holds outside."""
+    """Products inside are computed at a precision ("tf32" on a CPU as fp32), whatever holds outside."""
     dtype, is_half = DTYPES[precision], precision in HALVES
     with tf32(precision == "tf32" and device.type == "cuda"), torch.autocast(device.type, dtype, is_half):
         yield
