@@ -140,7 +140,7 @@ def test_all_is_the_default_which_no_file_mentions(data: Path, tmp_path: Path, m
     assert (tmp_path / "m").read_bytes() == model.read_bytes()
     with safe_open(model, "pt") as file:
         said = orjson.loads(file.metadata()["tongkuan"])["facts"]["train"]
-    assert said.keys() == TrainSettings.model_fields.keys() - {"encoders", "layer_decay", "negatives"}
+    assert said.keys() == TrainSettings.model_fields.keys() - set(TrainSettings.later)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

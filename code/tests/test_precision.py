@@ -17,6 +17,7 @@ from tongkuan.base.errors import UserError
 from tongkuan.base.machine import M_ARENA_MAX, keep_freed_memory, multiplies
 from tongkuan.cli.verbs import main
 from tongkuan.dryrun import PROBE_BATCHES, describe_peak, probe_items
+from tongkuan.encode import encode
 from tongkuan.encode.encode import chosen_precision, slow_precision
 from tongkuan.learn.train import train
 from tongkuan.model.modelfile import load_model
@@ -49,13 +50,14 @@ def test_evaluate_in_bf16_says_what_it_costs(data: Path, model: Path, capsys: py
 def test_a_processor_without_the_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for capabilities, is_fast in (({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda found=capabilities: found)
-        assert multiplies("bf16", CPU) is is_fast
+        assert multiplies("bf16", CPU) is multiplies("bf16-residual", CPU) is is_fast
         assert multiplies("fp32", CPU)
         assert ("fp32 is faster" in slow_precision(CPU, "bf16")) is not is_fast
         assert "tf32: it is computed as fp32" in slow_precision(CPU, "tf32")
     for has in (True, False):  # a T4 has not
         have_bf16(monkeypatch, has)
         assert [multiplies(precision, GPU) for precision in ("fp32", "tf32", "bf16", "fp16")] == [True, has, has, True]
+        assert multiplies("bf16-residual", GPU) is has
         assert ("no instructions for bf16: fp32 is faster" in slow_precision(GPU, "bf16")) is not has
 
 
@@ -87,7 +89,25 @@ def test_arithmetic_is_set_outright_whatever_the_environment_says(monkeypatch: p
         assert "NVIDIA_TF32_OVERRIDE" not in os.environ
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
     assert not products.allow_bf16_reduced_precision_reduction and not products.allow_fp16_reduced_precision_reduction
+
+
+def test_attention_is_torchs_own_where_nothing_is_learned(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN plans anew for each shape, of which texts make many."""
+    seen = []
+    compute = encode.compute
+
+    def computed(*words: Any) -> encode.Computed:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return compute(*words)
+
+    monkeypatch.setattr(encode, "compute", computed)
+    main(["predict", "--data", str(data), "--model", str(model), "--submit", str(tmp_path / "s"), "--split", "valid"])
+    assert seen and not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def assert_tf32(is_on: bool) -> None:

@@ -22,7 +22,7 @@ from tongkuan.encode.store import Batch, normalised
 from tongkuan.learn.dataloader import Task
 from tongkuan.model.towers import TwoTowers
 from tongkuan.presets import load_settings
-from tongkuan.ranks.arithmetic import tf32
+from tongkuan.ranks.arithmetic import own_attention, tf32
 from tongkuan.ranks.group import Ranks
 from tongkuan.settings import DataSettings, Precision, Settings
 
@@ -175,8 +175,14 @@ class Bench:
             return flops(lambda: counted(*inputs[:2], None))
 
     def computing(self, precision: Precision) -> AbstractContextManager[None]:
-        """As predict and train compute at a precision."""
+        """As train computes at a precision."""
         return autocast(self.device, precision)
+
+    @contextmanager
+    def encoding(self, precision: Precision) -> Iterator[None]:
+        """As predict does."""
+        with torch.inference_mode(), own_attention(), autocast(self.device, precision):
+            yield
 
     def wait(self) -> None:
         """Until the device has done what it was given."""

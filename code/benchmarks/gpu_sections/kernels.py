@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from gpu_sections.bench import NEEDS_CUDA, Bench, prepared
 from gpu_sections.book import Page
 from tongkuan.learn.dataloader import load_parts
 from tongkuan.learn.step import TrainStep
+from tongkuan.ranks.arithmetic import own_attention
 from tongkuan.settings import Precision
 
 FUSED = "aten::_scaled_dot_product_"  # what an attention is called that was chosen
@@ -32,7 +34,8 @@ def kernels(bench: Bench, page: Page) -> None:
             what = f"{name}, {precision}, {'forward and backward' if learns else 'forward'}"
             if page.has_time(what):
                 with page.trying(what):
-                    found = attention_of(partial(run, learns), bench, precision)
+                    with nullcontext() if learns else own_attention():
+                        found = attention_of(partial(run, learns), bench, precision)
                     judge(page, what, found, bench.is_gpu)
     for name, make in {"predict, a batch": predicting, "train, a step": training}.items():
         if page.has_time(name):
@@ -89,7 +92,7 @@ def predicting(bench: Bench) -> Callable[[], Any]:
     model, inputs = prepared(bench, "bf16").eval(), bench.inputs(bench.batch(bench.usual))
 
     def run() -> None:
-        with torch.inference_mode(), bench.computing("bf16"):
+        with bench.encoding("bf16"):
             model(*inputs)
 
     return run

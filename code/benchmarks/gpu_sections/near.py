@@ -1,7 +1,6 @@
 """What could bring the encoders nearer to the device's limit: each way beside the plain one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from tongkuan.base.errors import UserError
 from tongkuan.model.halves import check_compiler, compile_blocks
 from tongkuan.model.towers import TwoTowers
 from tongkuan.model.windows import FoldedStage, FoldedWindows
+from tongkuan.ranks.arithmetic import own_attention
 from tongkuan.settings import Precision
 
 SMALL = 4  # items, where launching is what takes the time
@@ -37,7 +37,7 @@ def forward(bench: Bench, model: TwoTowers, size: int) -> Forward:
     inputs = bench.inputs(bench.batch(size))
 
     def run() -> Tensor:
-        with torch.inference_mode(), bench.computing("bf16"):
+        with bench.encoding("bf16"):
             found: Tensor = model(*inputs)
         return found
 
@@ -88,21 +88,16 @@ def compiled(bench: Bench, page: Page) -> None:
         networks(bench, page, "bf16-compiled", prepared(bench, "bf16-residual"), other)
 
 
-@contextmanager
-def with_cudnn() -> Iterator[None]:
-    """Attention by cuDNN where torch chooses it."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
 def cudnn(bench: Bench, page: Page) -> None:
-    """Embeddings with attention by torch's own kernels, and by cuDNN."""
-    run = forward(bench, prepared(bench, "bf16"), bench.usual)
-    beside(bench, page, "attention by cuDNN", run, with_cudnn()(run), bench.usual)
+    """Embeddings with attention by torch's own kernels, as predict has it, and by cuDNN where torch chooses that."""
+    model, inputs = prepared(bench, "bf16"), bench.inputs(bench.batch(bench.usual))
+
+    def run() -> Tensor:
+        with torch.inference_mode(), bench.computing("bf16"):
+            found: Tensor = model(*inputs)
+        return found
+
+    beside(bench, page, "attention by cuDNN", forward(bench, model, bench.usual), run, bench.usual)
 
 
 def graphs(bench: Bench, page: Page) -> None:
@@ -139,10 +134,10 @@ class AlwaysFolded(FoldedWindows):
 
 
 def learning(bench: Bench, page: Page) -> None:
-    """Training steps, all but the first played back: pixels timm's way, windows as predict has them, bf16 sums."""
-    with with_cudnn():
-        learn(bench, page, "attention by cuDNN")
+    """Training steps, then played back: as they are, pixels timm's way, windows as predict has them, bf16 sums."""
     base = learn(bench, page, "bf16")
+    with own_attention():
+        learn(bench, page, "bf16, attention by torch's own kernels", base)
     learn(bench, page, "bf16, CUDA graphs", base, cuda_graphs=True)
     learn(bench, page, "bf16, CUDA graphs, timm's way", base, change=unfold, cuda_graphs=True)
     fold = partial(attend_by, kind=AlwaysFolded)

@@ -54,7 +54,7 @@ def batches(bench: Bench, page: Page, way: Precision) -> None:
         model = prepared(bench, precision)
 
     def forward(inputs: tuple[torch.Tensor | None, ...]) -> None:
-        with torch.inference_mode(), bench.computing(precision):
+        with bench.encoding(precision):
             model(*inputs)
 
     for size in bench.sizes.batches:

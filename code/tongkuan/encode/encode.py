@@ -22,7 +22,7 @@ from tongkuan.encode.cache import Cache
 from tongkuan.encode.store import Batch, ItemStore, background, normalised, prefetch
 from tongkuan.model.halves import arrange
 from tongkuan.model.towers import halve_weights, pair_scores
-from tongkuan.ranks.arithmetic import DTYPES, HALVES, computed_at
+from tongkuan.ranks.arithmetic import DTYPES, HALVES, computed_at, own_attention
 from tongkuan.ranks.group import Ranks
 from tongkuan.records.items import Pair
 from tongkuan.settings import DataSettings, ModelSettings, Precision
@@ -178,8 +178,13 @@ def encode(
 
     found: dict[str, Embeddings] = {}
     progress = tqdm(total=len(item_ids), desc=label, unit="item", disable=None if ranks.is_first else True)
-    # Around all batches of this thread, so that weights are cast once and not in each of them.
-    with one_thread_each(), autocast(ranks.device, precision), background(WRITES_WAITING) as later, progress:
+    with (
+        one_thread_each(),
+        own_attention(),
+        autocast(ranks.device, precision),  # around all batches: weights are cast once and not in each of them
+        background(WRITES_WAITING) as later,
+        progress,
+    ):
         loaded = prefetch(own, load, settings.workers)
         computed = prefetch(loaded, run, lanes) if lanes else one_ahead(map(run, loaded))
         for ids, done in zip(own, computed, strict=True):

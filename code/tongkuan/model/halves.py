@@ -43,9 +43,7 @@ def arrange(model: nn.Module, device: torch.device, precision: str) -> None:
         return
     if precision == "bf16-compiled":
         check_compiler(device)
-    for module in parts_of(model):
-        if isinstance(module, nn.LayerNorm):
-            module.__class__ = HalvedNorm
+    halve_norms(model)
     if precision == "bf16-compiled":
         compile_blocks(model)
 
@@ -54,6 +52,15 @@ def parts_of(model: ItemModel) -> Iterator[nn.Module]:
     """All modules of the encoders."""
     for encoder in (*model.encoders("text"), *model.encoders("image")):
         yield from encoder.modules()
+
+
+def halve_norms(model: ItemModel) -> None:
+    """Have the encoders' norms over the last axis be HalvedNorm."""
+    from timm.layers import LayerNorm  # of the same forward; timm has others, which turn axes first
+
+    for module in parts_of(model):
+        if type(module) in (nn.LayerNorm, LayerNorm):
+            module.__class__ = HalvedNorm
 
 
 def check_compiler(device: torch.device) -> None:

@@ -22,8 +22,8 @@ def set_arithmetic() -> None:
     set_tf32(False, False)
     torch.backends.cudnn.benchmark = False  # would choose kernels by the clock
     torch.backends.cudnn.deterministic = True
-    # cuDNN plans its attention anew for each shape, and texts have many; its backward has no one order of sums.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    # At 16 bits: torch's own attention adds up gradients of texts in no one order, which cuDNN's was seen not to do.
+    torch.backends.cuda.enable_cudnn_sdp(True)
     # Parts of a long sum of halves are added at fp32.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -47,6 +47,20 @@ def tf32(is_on: bool) -> Iterator[None]:
         yield
     finally:
         set_tf32(*before)
+
+
+@contextmanager
+def own_attention() -> Iterator[None]:
+    """Attention inside is by torch's own kernels: cuDNN plans anew for each width of texts, which only learning repays.
+
+    What is encoded is the same each time by either.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextmanager
