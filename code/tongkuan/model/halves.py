@@ -56,7 +56,7 @@ def parts_of(model: ItemModel) -> Iterator[nn.Module]:
 
 def halve_norms(model: ItemModel) -> None:
     """Have the encoders' norms over the last axis be HalvedNorm."""
-    from timm.layers import LayerNorm  # of the same forward; timm has others, which turn axes first
+    from timm.layers.norm import LayerNorm  # of the same forward; timm has others, which turn axes first
 
     for module in parts_of(model):
         if type(module) in (nn.LayerNorm, LayerNorm):
