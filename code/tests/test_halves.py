@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import tiny_settings
+from worlds import tiny_settings, train_words
 
 from tongkuan.base.errors import UserError
 from tongkuan.cli.verbs import main
@@ -92,7 +92,7 @@ def test_the_numbers_are_near_those_of_autocast(network: ItemModel) -> None:
 
 def test_a_norm_outside_of_autocast_is_a_norm(network: ItemModel) -> None:
     exact = embeddings(network, "fp32")
-    arrange(network, CPU, "bf16-residual")
+    arrange(network, "bf16-residual")
     assert sum(isinstance(module, HalvedNorm) for module in network.modules()) == 2 * (1 + 2 * 2) + 2 * (1 + 2 * 4 + 2)
     assert torch.equal(embeddings(network, "fp32"), exact)
     norm = HalvedNorm(4, bias=False)
@@ -147,7 +147,7 @@ def test_predict_says_and_keeps_what_it_took(
 @pytest.mark.parametrize(
     ("device", "there", "named", "told"),
     [
-        (CPU, {"cc"}, None, "is for a GPU; on a CPU leave it out"),
+        (CPU, {"cc"}, None, "is for a GPU; on a CPU take fp32"),
         (GPU, set(), None, "none of cc, gcc, clang is there; install one, or use bf16-residual"),
         (GPU, {"gcc"}, "icx", "CC=icx is none"),
         (GPU, {"gcc"}, None, ""),
@@ -166,6 +166,14 @@ def test_what_cannot_compile_is_one_line(
         return
     with pytest.raises(UserError, match=told):
         check_compiler(device)
+
+
+def test_nothing_is_written_where_nothing_compiles(data: Path, model: Path, tmp_path: Path) -> None:
+    words = ("predict", "--data", data, "--model", model, "--submit", tmp_path / "s", "--precision", "bf16-compiled")
+    for command in (words, train_words(tmp_path, data, "train.precision=bf16-compiled")):
+        with pytest.raises(UserError, match="bf16-compiled is for a GPU"):
+            main([*map(str, command)])
+    assert not {path.name for path in tmp_path.rglob("*") if path.is_file()} - {"tiny.yaml"}
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Pairs a second of training steps, the published way beside ours, and whether `train --dry-run` tells the memory."""
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def ours(
     return Way(run, steps * settings.train.pairs, way, steps * items * work, note)
 
 
+@functools.cache
 def flops_an_item(bench: Bench, pairs: int) -> float:
     """Of forward and backward, padding included, in a part of `pairs`; nothing is counted twice for recomputing."""
     trains, settings = trainer(bench, pairs=pairs)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tongkuan.base.machine import available_cores, keep_freed_memory, multiplies
 from tongkuan.encode.cache import Cache
 from tongkuan.encode.store import Batch, ItemStore, background, normalised, prefetch
-from tongkuan.model.halves import arrange
+from tongkuan.model.halves import arrange, check_compiler
 from tongkuan.model.towers import halve_weights, pair_scores
 from tongkuan.ranks.arithmetic import DTYPES, HALVES, computed_at, own_attention
 from tongkuan.ranks.group import Ranks
@@ -56,7 +56,12 @@ def batch_size(settings: DataSettings, model: ModelSettings, device: torch.devic
 
 
 def chosen_precision(asked: Precision | None, ranks: Ranks) -> Precision:
-    """As asked; else bf16 where every rank has a GPU that multiplies it, and fp32 elsewhere. The same on every rank."""
+    """As asked; else bf16 where every rank has a GPU that multiplies it, and fp32 elsewhere. The same on every rank.
+
+    UserError where blocks are to be compiled and nothing can.
+    """
+    if asked == "bf16-compiled":
+        check_compiler(ranks.device)
     if asked is not None:
         return asked
     return "bf16" if all(ranks.gather(ranks.device.type == "cuda" and multiplies("bf16", ranks.device))) else "fp32"
@@ -65,7 +70,7 @@ def chosen_precision(asked: Precision | None, ranks: Ranks) -> Precision:
 def prepare(model: nn.Module, device: torch.device, precision: Precision) -> None:
     """Bring a model that is only to encode to its device and precision."""
     keep_freed_memory(device)
-    arrange(model, device, precision)
+    arrange(model, precision)
     if precision in HALVES:
         halve_weights(model, DTYPES[precision])
     model.to(device)

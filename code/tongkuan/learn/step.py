@@ -69,7 +69,7 @@ class TrainStep:
         self.model, self.settings, self.device = model, settings, ranks.device
         self.optimizer = make_optimizer(model, settings.train)
         self.precision = chosen_precision(settings.train.precision, ranks)
-        arrange(model, self.device, self.precision)
+        arrange(model, self.precision)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         if settings.train.cuda_graphs and self.device.type == "cuda" and learn(model.encoders("image")):
             count = 2 * settings.train.pairs // ranks.world_size

@@ -34,15 +34,10 @@ class HalvedNorm(nn.LayerNorm):
             return layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
-def arrange(model: nn.Module, device: torch.device, precision: str) -> None:
-    """Have the encoders compute as a precision says that is more than autocast; twice is no more than once.
-
-    UserError where blocks are to be compiled and nothing can.
-    """
+def arrange(model: nn.Module, precision: str) -> None:
+    """Have the encoders compute as a precision says that is more than autocast; twice is no more than once."""
     if not isinstance(model, ItemModel) or precision not in ("bf16-residual", "bf16-compiled"):
         return
-    if precision == "bf16-compiled":
-        check_compiler(device)
     halve_norms(model)
     if precision == "bf16-compiled":
         compile_blocks(model)
@@ -66,7 +61,7 @@ def halve_norms(model: ItemModel) -> None:
 def check_compiler(device: torch.device) -> None:
     """UserError on a CPU, where compiling takes longer than it saves, and without a C compiler, which torch's calls."""
     if device.type != "cuda":
-        raise UserError("precision bf16-compiled is for a GPU; on a CPU leave it out")
+        raise UserError("precision bf16-compiled is for a GPU; on a CPU take fp32")
     named = os.environ.get("CC")
     if not any(map(shutil.which, [named] if named else COMPILERS)):
         what = f"CC={named} is none" if named else f"none of {', '.join(COMPILERS)} is there"
