@@ -117,8 +117,9 @@ class FoldedBlock(SwinTransformerBlock):
 
     def layout(self) -> Layout:
         """How its windows lie."""
-        found: Layout = (self.input_resolution, self.window_size, self.shift_size)  # type: ignore[assignment]
-        return found
+        places: Any = (self.input_resolution, self.window_size, self.shift_size)  # lists, some callers of timm's
+        sides, window, shift = map(tuple, places)
+        return sides, window, shift
 
 
 class FoldedStage(SwinTransformerStage):
