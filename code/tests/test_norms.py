@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tongkuan.encode.encode import autocast, prepare
 from tongkuan.model.encoders import build_image
-from tongkuan.model.norms import FoldedConv, FoldedNorm, FoldedSame, fold_norms
+from tongkuan.model.norms import CONVOLUTIONS, FoldedConv, FoldedNorm, FoldedSame, fold_norms
 from tongkuan.model.towers import SharedTowers
 from tongkuan.model.trunk import Trunk
 from tongkuan.settings import ImageEncoder
@@ -176,6 +176,34 @@ def test_padding_alike_gives_the_places_of_timms(side: int, kernel: int, stride:
         found = ours(picture)
         torch.testing.assert_close(found, plain(picture), rtol=1e-9, atol=1e-9)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("side", [1, 5, 20, 23])
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((3, 3), 2), ((5, 5), 1), ((5, 5), 2), ((7, 7), 3), ((3, 5), 1), ((2, 4), 1)]
+)
+@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame])
+def test_depthwise_gradients_are_those_of_torch(
+    kind: type[nn.Conv2d], side: int, kernel: tuple[int, int], stride: int
+) -> None:
+    torch.manual_seed(0)
+    padding = 0 if kind is Conv2dSame else (kernel[0] // 2, kernel[1] // 2)
+    plain = nn.Sequential(kind(16, 16, kernel, stride, padding, groups=16, bias=False), nn.BatchNorm2d(16)).eval()
+    ours = copy.deepcopy(drawn(plain))
+    ours[0].norms = (ours[1],)  # type: ignore[assignment]
+    ours[0].__class__, ours[1].__class__ = CONVOLUTIONS[kind], FoldedNorm  # type: ignore[assignment]
+    picture = torch.randn(2, 16, side, side + 3).contiguous(memory_format=torch.channels_last)
+    gradients = []
+    for network, dtype in ((plain.double(), torch.float64), (ours, torch.float32)):
+        given = picture.to(dtype).requires_grad_()
+        found = network(given)
+        assert found.grad_fn is not None
+        is_ours = network is ours and (kernel[1] > 3 or kind is Conv2dSame) and side >= kernel[0]
+        assert (found.grad_fn.name() == "DepthwiseBackward") == is_ours or max(kernel) > 5
+        found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+        gradients.append([found, given.grad, *(parameter.grad for parameter in network.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None and other is not None and near(other.double(), one)
 
 
 def test_statistics_of_a_batch_are_not_folded() -> None:

@@ -37,6 +37,7 @@ SOURCES = (
     "encode/encode",
     "encode/store",
     "model/colour",
+    "model/depthwise",
     "model/encoders",
     "model/first_token",
     "model/halves",

@@ -15,6 +15,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from tongkuan.model.depthwise import FAST, Depthwise, Side, cuts
 from tongkuan.model.kept import Keeps
 
 
@@ -30,7 +31,27 @@ class FoldedConv(Keeps, nn.Conv2d):
         if not norm.folds():
             return self.convolve(x, self.weight, self.bias)
         given = [*self.parameters(recurse=False), *norm.parameters(recurse=False), *norm.buffers(recurse=False)]
-        return self.convolve(x, *self.keep(given, autocast_dtype(x.device), self.folded))
+        weight, bias = self.keep(given, autocast_dtype(x.device), self.folded)
+        if self.learns_alone(x):
+            found: Tensor = Depthwise.apply(x, weight, bias, self.convolve, self.sides(x))
+            return found
+        return self.convolve(x, weight, bias)
+
+    def learns_alone(self, x: Tensor) -> bool:
+        """Whether gradients come by model/depthwise.py."""
+        is_depthwise = self.groups == self.in_channels == self.out_channels and self.dilation == (1, 1)
+        pads_zeros = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and autocast_dtype(x.device) is None
+        is_slow = self.kernel_size[1] > FAST or isinstance(self, FoldedSame)
+        is_learning = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (
+            is_depthwise and pads_zeros and is_plain and is_slow and is_learning and cuts(self.sides(x), x, self.weight)
+        )
+
+    def sides(self, x: Tensor) -> tuple[Side, ...]:
+        """How rows and columns are padded."""
+        assert not isinstance(self.padding, str)
+        return tuple(Side(stride, padding, 0) for stride, padding in zip(self.stride, self.padding, strict=True))
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """By given weights."""
@@ -50,8 +71,9 @@ class FoldedConv(Keeps, nn.Conv2d):
 class FoldedSame(FoldedConv, Conv2dSame):
     """timm's convolution that pads by the size of the picture, mostly more on one side than on the other.
 
-    timm copies the picture into a larger one. For encoding, both sides are padded alike, by so much that the places
-    wanted are among those that come out, and these are copied: sides differ where there are strides, so they are few.
+    timm copies the picture into a larger one. For encoding, and where model/depthwise.py has the gradients, both sides
+    are padded alike, by so much that the places wanted are among those that come out, and these are copied: sides
+    differ where there are strides, so they are few.
     """
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,12 +82,21 @@ class FoldedSame(FoldedConv, Conv2dSame):
             options: Any = (self.stride, self.padding, self.dilation, self.groups)
             padded: Tensor = conv2d_same(x, weight, bias, *options)
             return padded
-        sides = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
-        padding, first, last = zip(*(same_padding(*each) for each in sides), strict=True)
+        padding, first, last = zip(*self.same_paddings(x), strict=True)
         found = conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
         if (*first, *last) == (0, 0, *found.shape[2:]):
             return found
         return found[:, :, first[0] : last[0], first[1] : last[1]].contiguous(memory_format=torch.channels_last)
+
+    def same_paddings(self, x: Tensor) -> list[tuple[int, int, int]]:
+        """`same_padding` of rows and of columns."""
+        sides = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        return [same_padding(*each) for each in sides]
+
+    def sides(self, x: Tensor) -> tuple[Side, ...]:
+        """As in FoldedConv."""
+        found = zip(self.stride, self.same_paddings(x), strict=True)
+        return tuple(Side(stride, padding, first) for stride, (padding, first, _) in found)
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int, int]:
