@@ -24,9 +24,9 @@ Forward = Callable[[], Tensor]
 
 
 def near(bench: Bench, page: Page) -> None:
-    """In bf16: Swin's windows folded, CUDA graphs, attention without cuDNN, residual sums in bf16, compiled blocks."""
-    parts = {"windows": windows, "CUDA graphs": graphs, "cuDNN": cudnn, "residual": residual, "training": learning}
-    for name, part in (parts | {"compiled blocks": compiled, "compiled blocks, training": learning_compiled}).items():
+    """In bf16: Swin's windows folded, residual sums in bf16, compiled blocks, CUDA graphs, attention by cuDNN."""
+    parts = {"windows": windows, "residual": residual, "compiled blocks": compiled, "CUDA graphs": graphs}
+    for name, part in (parts | {"cuDNN": cudnn, "training": learning, "compiled, training": learning_compiled}).items():
         if page.has_time(name):
             with page.trying(name):
                 part(bench, page)
