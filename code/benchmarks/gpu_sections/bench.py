@@ -46,8 +46,8 @@ TINY = (
     "model.embedding_size=16",
 )
 ARITHMETICS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
-BEYOND: tuple[Precision, ...] = ("bf16-residual", "bf16-compiled")
-"""Multiplied as bf16."""
+WAYS: tuple[Precision, ...] = (*ARITHMETICS, "bf16-residual")
+"""To encode; compiling takes a part of its own."""
 NEEDS_CUDA = "needs CUDA; this is a CPU"
 
 

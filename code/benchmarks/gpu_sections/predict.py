@@ -9,7 +9,7 @@ import reference
 import torch
 from run import flops_of
 
-from gpu_sections.bench import ARITHMETICS, Bench, Way, arithmetic, compare, prepared
+from gpu_sections.bench import WAYS, Bench, Way, arithmetic, compare, prepared
 from gpu_sections.book import Page
 from tongkuan.settings import Precision
 
@@ -32,7 +32,7 @@ def whole(bench: Bench, page: Page) -> None:
     ways = {
         "published way, fp32": Way(lambda: few.published(published, out / "published"), len(few.pairs)),
     }
-    for way in (*ARITHMETICS, "bf16-residual"):
+    for way in WAYS:
         ways[f"ours, {way}"] = Way(
             ours(bench, way, out / way), len(made.pairs), way, work, lambda: f"batches of {bench.usual}"
         )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpu_sections.bench import ARITHMETICS, Bench, arithmetic, prepared
+from gpu_sections.bench import WAYS, Bench, arithmetic, prepared
 from gpu_sections.book import Page, free
 from tongkuan.encode.encode import Embeddings, encode, scores_of
 from tongkuan.learn.dataloader import load_parts
@@ -55,7 +55,7 @@ def verdicts(bench: Bench, page: Page) -> None:
     """Verdicts at the median score that differ from fp32's, with the head in fp32 and halved as well."""
     pairs = [Pair(*sides) for sides in two_each(list(bench.made.items))]
     exact: NDArray[np.float64] | None = None
-    for way in (*ARITHMETICS, "bf16-residual"):
+    for way in WAYS:
         for is_halved in (False, True) if way in ("bf16", "fp16") else (False,):
             name = f"{way}{', head halved' if is_halved else ''}: verdicts that differ"
             if not page.has_time(name):
