@@ -147,7 +147,7 @@ def test_predict_says_and_keeps_what_it_took(
 @pytest.mark.parametrize(
     ("device", "there", "named", "told"),
     [
-        (CPU, {"cc"}, None, "is for a GPU; on a CPU take fp32"),
+        (CPU, {"cc"}, None, "is for a GPU; use one, or begin again at fp32"),
         (GPU, set(), None, "none of cc, gcc, clang is there; install one, or use bf16-residual"),
         (GPU, {"gcc"}, "icx", "CC=icx is none"),
         (GPU, {"gcc"}, None, ""),

@@ -61,7 +61,7 @@ def halve_norms(model: ItemModel) -> None:
 def check_compiler(device: torch.device) -> None:
     """UserError on a CPU, where compiling takes longer than it saves, and without a C compiler, which torch's calls."""
     if device.type != "cuda":
-        raise UserError("precision bf16-compiled is for a GPU; on a CPU take fp32")
+        raise UserError("precision bf16-compiled is for a GPU; use one, or begin again at fp32")
     named = os.environ.get("CC")
     if not any(map(shutil.which, [named] if named else COMPILERS)):
         what = f"CC={named} is none" if named else f"none of {', '.join(COMPILERS)} is there"
