@@ -51,8 +51,8 @@ def test_halved_weights_take_half_the_memory_but_heads_stay_whole(model: Path) -
     assert weights[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("size", "on_cpu"), [(16, 32), (160, 23), (384, 4), (2000, 1)])
-def test_a_batch_of_large_pictures_is_small_on_a_cpu(size: int, on_cpu: int) -> None:
+@pytest.mark.parametrize(("size", "on_cpu"), [(16, 32), (160, 16), (224, 8), (384, 4), (2000, 1)])
+def test_a_batch_of_large_pictures_is_small_on_a_cpu_and_a_power_of_two(size: int, on_cpu: int) -> None:
     settings = ModelSettings(image=ImageEncoder(size=size))
     assert batch_size(DataSettings(), settings, CPU) == on_cpu
     assert batch_size(DataSettings(), settings, GPU) == 32
