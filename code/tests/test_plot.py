@@ -94,11 +94,13 @@ SCORES = st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 1)), min_size=1
 @given(SCORES, st.floats(-1e6, 1e6))
 @example([(1.0, 1), (1.0, 0)], 1.0)
 @example([(-5e-324, 1), (5e-324, 0)], 0.0)
+@example([(1e6, 0), (999999.9999999999, 0)], 1e6)
+@example([(1e6, 0), (5e-324, 1)], 0.0)
 def test_bars_add_up_and_split_as_the_judges_do(pairs: list[tuple[float, int]], threshold: float) -> None:
     scores = np.array([score for score, _ in pairs])
     labels = np.array([label for _, label in pairs])
     edges, counts = histogram(scores, labels, threshold)
-    assert counts.shape == (2, len(edges) - 1) and counts.shape[1] <= MAX_BINS
+    assert counts.shape == (2, len(edges) - 1) and counts.shape[1] <= MAX_BINS and np.all(np.diff(edges) > 0)
     assert counts.sum(axis=1).tolist() == [np.sum(labels == 0), np.sum(labels == 1)]
     quality = quality_at(scores, labels, threshold)
     right = counts[:, int(np.argmin(np.abs(edges - threshold))) :].sum(axis=1)

@@ -79,7 +79,9 @@ def histogram(scores: Scores, labels: Labels, threshold: float) -> tuple[Scores,
     width = (high - low) / (MAX_BINS - 2) or 1.0  # both sides of the threshold may end in a part of a bin
     if not np.isfinite(width):
         raise UserError(f"scores from {low:.6g} to {high:.6g} lie too far apart to plot; mend similarity.py")
+    width = max(width, 2 * float(np.spacing(max(abs(low), abs(high)))))  # so that edges are numbers of their own
     places = np.ceil((scores - threshold) / width).astype(np.int64) - 1  # bin 0 begins at the threshold
+    places = np.where(scores > threshold, np.maximum(places, 0), np.minimum(places, -1))  # a quotient may round to 0
     first, last = min(int(places.min()), -1), max(int(places.max()), 0)
     counts = [np.bincount(places[labels == label] - first, minlength=last - first + 1) for label in (0, 1)]
     edges: Scores = threshold + width * np.arange(first, last + 2, dtype=np.float64)
